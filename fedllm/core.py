@@ -1,0 +1,160 @@
+"""The nouns: who takes part, what travels, and the four hooks that make an algorithm.
+
+A round goes one way: ``download`` (server), ``local`` (client), ``aggregate`` (server), report. Every hook takes values
+and returns values, so that resuming is loading the values, N processes run the same code as one, and a deployment
+across machines calls the same two functions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fedllm.lowrank import LowRank
+
+Tensors = Mapping[str, Tensor | LowRank]
+"""What travels, what the server keeps and what a client remembers; the names are the model's own parameter names."""
+
+
+class FedError(Exception):
+    """Something a user can mend. The message says what was given, what was needed and what to do; no traceback is owed."""
+
+
+@dataclass(frozen=True)
+class Client:
+    """One participant.
+
+    Args:
+        id: its name in every report, unique in a run.
+        num_samples: rows it trains on, ``n_i``.
+        rank: LoRA rank ``r_i`` its hardware can train.
+        width: share of each layer's channels it holds, in (0, 1] (sub-model algorithms).
+        depth: number of blocks it holds, ``None`` for all of them (sub-model algorithms).
+    """
+
+    id: str
+    num_samples: int
+    rank: int = 0
+    width: float = 1.0
+    depth: int | None = None
+
+
+@dataclass(frozen=True)
+class Round:
+    """Round ``index`` (the first is 1) of a run with ``seed``."""
+
+    index: int
+    seed: int
+
+    def rng(self, *key: object) -> torch.Generator:
+        """A CPU generator of its own for every key: nobody's draws depend on who drew before."""
+        text = repr((self.seed, self.index, *key)).encode()
+        digest = hashlib.blake2b(text, digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back from a client, next to what it was sent."""
+
+    client: Client
+    sent: Tensors
+    returned: Tensors
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the server knows of the model.
+
+    Args:
+        weights: the weights an algorithm may touch, by name. A frozen language model's are meta tensors: the server
+            needs their shapes ``(d_out, d_in)`` and never their values.
+        update: what has been learned so far on top of them, by the same names; empty at the start of a run.
+    """
+
+    weights: Mapping[str, Tensor]
+    update: Tensors = field(default_factory=dict)
+
+
+class Worker(Protocol):
+    """The client's side: trains what it is given, on the client it stands for. Built once per process."""
+
+    def of(self, client: Client) -> Any:
+        """This worker, standing for one client: the object that ``Algorithm.local`` is called with."""
+        ...
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A paper: four hooks, and three questions the report asks. The fields of a subclass are the paper's constants."""
+
+    def validate(self, clients: Sequence[Client]) -> None:
+        """Raises FedError where these clients cannot take part in this algorithm; called before anything is loaded."""
+
+    def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
+        """The server's state before round 1."""
+        raise NotImplementedError
+
+    def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
+        """What the server sends to ``client``."""
+        raise NotImplementedError
+
+    def local(self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round) -> tuple[Tensors, Tensors, dict[str, float]]:
+        """Runs on the client. By default: train all that was sent, send all of it back."""
+        return worker.train(sent, memory, rnd)
+
+    def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
+        """The server's next state. ``replies`` is the admitted cohort, never empty."""
+        raise NotImplementedError
+
+    def served(self, state: Tensors) -> Tensors:
+        """The global update that is evaluated and exported, by weight name."""
+        return state
+
+    def shares(self, state: Tensors, replies: Sequence[Reply]) -> dict[str, float]:
+        """Each reply's share in the average, ``p_i``, by client id; they sum to 1. By default ``n_i / n`` (FedAvg)."""
+        total = sum(reply.client.num_samples for reply in replies)
+        return {reply.client.id: reply.client.num_samples / total for reply in replies}
+
+    def truncated(self, state: Tensors, client: Client) -> float:
+        """``|| W_t - W_t^(r_i) ||_F`` over the whole model: how much of the served update this client cannot hold."""
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One client's part of a round, ready to run anywhere."""
+
+    client: Client
+    sent: Tensors
+    memory: Tensors
+
+
+class Fleet(Protocol):
+    """Where the clients of a round run."""
+
+    def run(self, algorithm: Algorithm, worker: Worker, jobs: Sequence[Job], rnd: Round) -> Iterator[tuple[Reply, Tensors]]:
+        """Yields each job's reply and the client's new memory, in the order of ``jobs``."""
+        ...
+
+
+def under(prefix: str, tensors: Tensors) -> dict[str, Tensor | LowRank]:
+    """``{name: t}`` as ``{prefix/name: t}``: two groups of the same weights in one mapping."""
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def within(prefix: str, tensors: Tensors) -> dict[str, Any]:
+    """The group that ``under(prefix, ...)`` put there, without its prefix."""
+    start = f"{prefix}/"
+    return {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def names_of(replies: Iterable[Reply]) -> list[str]:
+    """Every name that any reply returned, in the order of first appearance."""
+    return list(dict.fromkeys(name for reply in replies for name in reply.returned))

@@ -1,0 +1,47 @@
+"""Every weighted average we have. A mean of factors and a mean of products are different things: the name says which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedllm.lowrank import LowRank
+
+
+def mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """``sum_i p_i T_i``, in float32 or better, in the order given."""
+    total = torch.zeros_like(tensors[0], dtype=torch.promote_types(tensors[0].dtype, torch.float32))
+    for tensor, weight in zip(tensors, weights, strict=True):
+        total.add_(tensor.to(total.dtype), alpha=weight)
+    return total
+
+
+def mean_products(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    """``sum_i p_i B_i A_i``, exact: the stack ``[p_1 B_1, ..., p_m B_m] [A_1; ...; A_m]`` of rank ``sum_i r_i``."""
+    return LowRank(
+        torch.cat([update.B * weight for update, weight in zip(updates, weights, strict=True)], dim=1),
+        torch.cat([update.A for update in updates], dim=0),
+    )
+
+
+def mean_factors(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    """``(sum_i p_i B_i) (sum_i p_i A_i)``: what averaging two sets of weights does to their product. Not linear in M_i.
+
+    Raises:
+        ValueError: where the ranks differ.
+    """
+    ranks = sorted({update.rank for update in updates})
+    if len(ranks) > 1:
+        raise ValueError(f"factors of ranks {ranks} cannot be averaged entry by entry: pad them, or average the products.")
+    return LowRank(mean([u.B for u in updates], weights), mean([u.A for u in updates], weights))
+
+
+def pad(update: LowRank, r: int) -> LowRank:
+    """The same product as factors of rank ``r``, zeros in the new columns of B and rows of A."""
+    extra = r - update.rank
+    return LowRank(
+        torch.nn.functional.pad(update.B, (0, extra)),
+        torch.nn.functional.pad(update.A, (0, 0, 0, extra)),
+    )
