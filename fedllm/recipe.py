@@ -1,0 +1,340 @@
+"""Recipes: one YAML page each, typed and strict, and ``a.b=c`` overrides.
+
+A section whose meaning depends on a name (``algorithm``, ``data``, ``data.partition``, ``worker``) becomes the frozen
+dataclass that a table gives for that name, so its keys are the dataclass's fields and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
+from fedllm.algorithms import ALGORITHMS
+from fedllm.core import Algorithm, FedError
+from fedllm.models.language import LanguageModel
+from fedllm.partition import PARTITIONS, IID
+from fedllm.tasks import TASKS
+from fedllm.workers import WORKERS
+
+PROFILES = {
+    "moderate": (32, 24, 20, 16, 16, 12, 12, 12, 8, 8),
+    "high": (64, 32, 16, 16, 8, 8, 4, 4, 4, 4),
+    "extremely_high": (64, 64, 4, 4, 4, 4, 4, 4, 4, 4),
+    "homogeneous": (16,) * 10,
+}
+"""The rank profiles of FedHL, section VI: ten clients; a hundred are each of them ten times."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run itself.
+
+    Args:
+        rounds: communication rounds, ``T``.
+        output: the run's folder; ``runs/NAME`` of the recipe by default.
+        resume: continue from the last finished round in that folder.
+        overwrite: delete an earlier run there first.
+        seed: of everything: weights of a random model, partition, cohorts, client training.
+        plan: print who would train what, and stop.
+        tracker: where the server logs the federation: ``auto`` takes trackio when it is installed.
+    """
+
+    rounds: int = 1
+    output: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+    seed: int = 0
+    plan: bool = False
+    tracker: Literal["auto", "none", "trackio", "tensorboard", "wandb"] = "none"
+
+
+@dataclass(frozen=True)
+class Clients:
+    """Who takes part.
+
+    Args:
+        rank: one rank for all, one rank each, or a profile of the FedHL paper by name.
+        count: how many clients; by default as many as ranks are given. A profile or list is stretched evenly to it.
+        participation: share of the clients that a round's cohort holds, in (0, 1].
+        levels: capacity levels, assigned in equal blocks (sub-model algorithms).
+    """
+
+    rank: int | tuple[int, ...] | str = 8
+    count: int | None = None
+    participation: float = 1.0
+    levels: tuple[str, ...] = ()
+
+    def ranks(self) -> list[int]:
+        """One rank per client."""
+        if isinstance(self.rank, int):
+            ranks: Sequence[int] = [self.rank] * (self.count or 1)
+        elif isinstance(self.rank, str):
+            if self.rank not in PROFILES:
+                raise FedError(f"clients.rank={self.rank}: {_nearest(self.rank, PROFILES, 'rank profile')}")
+            ranks = PROFILES[self.rank]
+        else:
+            ranks = self.rank
+        if not ranks or min(ranks) < 1:
+            raise FedError(f"clients.rank={self.rank}: a rank is a whole number from 1 up.")
+        count = self.count or len(ranks)
+        if count % len(ranks):
+            raise FedError(f"clients.count={count} clients cannot share {len(ranks)} ranks evenly: give a multiple of it.")
+        return [rank for rank in ranks for _ in range(count // len(ranks))]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which rows, and who holds them.
+
+    Args:
+        task: the corpus with its prompt, target and scores (``data.name`` and the task's own keys).
+        path: a local file or folder instead of the Hub.
+        train_rows: use this many training rows at most, the first of a seeded shuffle.
+        test_rows: score this many test rows at most, likewise.
+        partition: how the training rows are dealt out to the clients.
+    """
+
+    task: Any
+    path: str | None = None
+    train_rows: int | None = None
+    test_rows: int | None = None
+    partition: Any = IID()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores inside the run, of the update that the server would serve.
+
+    Args:
+        every: evaluate after every so many rounds; the last round always. 0: the last round only.
+        base: score the untouched model too, before round 1.
+        generate: generate answers and score them; the held-out loss alone otherwise.
+        clients: score each client's own model of the last round too.
+        alone: also train this client by itself, for as many steps as it trained in the federation.
+        batch_size: rows generated at once.
+        max_new_tokens: cut an answer off here; the task's own limit by default.
+    """
+
+    every: int = 0
+    base: bool = True
+    generate: bool = True
+    clients: bool = False
+    alone: int | None = None
+    batch_size: int = 32
+    max_new_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All of one run. Frozen, complete, and printable: what is not written in the page is the default here."""
+
+    name: str
+    run: Run
+    algorithm: Algorithm
+    algorithm_name: str
+    model: LanguageModel
+    data: Data
+    data_name: str
+    clients: Clients
+    worker: Any
+    worker_name: str
+    eval: Evaluation = field(default_factory=Evaluation)
+    page: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def output(self) -> Path:
+        return Path(self.run.output or f"runs/{self.name}")
+
+
+def load(arguments: Sequence[str]) -> Recipe:
+    """The recipe of ``recipe=NAME`` and ``a.b=c`` arguments.
+
+    Raises:
+        FedError: an unknown recipe, key or name, or a value of the wrong type, with the nearest valid one.
+    """
+    name, overrides = _arguments(arguments)
+    path = find(name)
+    try:
+        page = OmegaConf.load(path)
+        if not OmegaConf.is_dict(page):
+            raise FedError(f"{path}: a recipe is a YAML page of sections (run, algorithm, model, ...).")
+        # names are checked one by one below: a typo is answered with the nearest key, not merged in silently
+        page = OmegaConf.merge(page, OmegaConf.from_dotlist(overrides))
+        resolved = OmegaConf.to_container(page, resolve=True, throw_on_missing=True)
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise FedError(f"recipe {name}: {str(error).splitlines()[0]}") from error
+    return build(path.stem, resolved)
+
+
+def build(name: str, page: Mapping[str, Any]) -> Recipe:
+    """The recipe that a resolved page of plain values describes."""
+    sections = ("run", "algorithm", "model", "data", "clients", "worker", "eval")
+    _known(page, sections, "")
+    run = _typed(Run, page.get("run"), "run")
+    algorithm_name, algorithm = _named(ALGORITHMS, page.get("algorithm"), "algorithm", default="fedhl")
+    worker_name, worker = _named(WORKERS, page.get("worker"), "worker", default="sft")
+    own = _section(page.get("data"), "data")
+    common = {f.name for f in dataclasses.fields(Data)} - {"task"}
+    shared = {key: own.pop(key) for key in list(own) if key in common}
+    partition_name, shared["partition"] = _named(PARTITIONS, shared.get("partition"), "data.partition", default="iid")
+    data_name, task = _named(TASKS, own, "data", default=None, also=common)
+    data = _typed(Data, {"task": task, **shared}, "data")
+    recipe = Recipe(
+        name=name,
+        run=run,
+        algorithm=algorithm,
+        algorithm_name=algorithm_name,
+        model=_typed(LanguageModel, page.get("model"), "model"),
+        data=data,
+        data_name=data_name,
+        clients=_typed(Clients, page.get("clients"), "clients"),
+        worker=worker,
+        worker_name=worker_name,
+        eval=_typed(Evaluation, page.get("eval"), "eval"),
+    )
+    _in_range(recipe)
+    return dataclasses.replace(recipe, page=_page(recipe, partition_name))
+
+
+def find(name: str) -> Path:
+    """The page of a recipe: a path to a YAML file, or a name in ``recipes/`` of the checkout or the installed package."""
+    if Path(name).suffix in {".yaml", ".yml"}:
+        if not Path(name).is_file():
+            raise FedError(f"recipe={name}: there is no such file.")
+        return Path(name)
+    pages = {page.stem: page for folder in folders() for page in sorted(folder.glob("*.yaml"))}
+    if name not in pages:
+        raise FedError(f"recipe={name}: {_nearest(name, pages, 'recipe')}")
+    return pages[name]
+
+
+def folders() -> list[Path]:
+    """Where recipes lie: inside the installed package, and beside it in a checkout, which wins."""
+    package = Path(__file__).resolve().parent
+    return [folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir()]
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved page: ``recipe=THIS_FILE.yaml`` is the same run."""
+    return yaml.safe_dump(dict(recipe.page), sort_keys=False, allow_unicode=True)
+
+
+def _arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    name, overrides = None, []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or not key:
+            raise FedError(f"{argument!r} is not understood: give recipe=NAME and then a.b=c overrides.")
+        if key == "recipe":
+            name = value
+        else:
+            overrides.append(argument)
+    if not name:
+        pages = sorted({page.stem for folder in folders() for page in folder.glob("*.yaml")})
+        raise FedError(f"which recipe? Give recipe=NAME, one of: {', '.join(pages)}.")
+    return name, overrides
+
+
+def _section(value: Any, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise FedError(f"{where}={value!r}: this is a section of keys, such as {where}.name=..., not one value.")
+    return dict(value)
+
+
+def _named(table: Mapping[str, type], value: Any, where: str, default: str | None, also: Iterable[str] = ()) -> tuple[str, Any]:
+    section = _section(value, where)
+    name = section.pop("name", default)
+    if name is None:
+        raise FedError(f"{where}.name is missing. One of: {', '.join(sorted(table))}.")
+    if name not in table:
+        raise FedError(f"{where}.name={name}: {_nearest(str(name), table, where.rpartition('.')[2])}")
+    return name, _typed(table[name], section, where, also={"name", *also})
+
+
+def _typed(kind: type, value: Any, where: str, also: Iterable[str] = ()) -> Any:
+    section = _section(value, where)
+    _known(section, [*(f.name for f in dataclasses.fields(kind)), *also], where)
+    try:
+        return TypeAdapter(_strict(kind)).validate_python(section)
+    except ValidationError as error:
+        first = error.errors()[0]
+        loc = [str(part) for part in first["loc"] if isinstance(part, str) and part in section or isinstance(part, int)]
+        key = ".".join([where, *loc[:1]])
+        given = section.get(loc[0]) if loc else section
+        hint = {f.name: f.type for f in dataclasses.fields(kind)}.get(loc[0] if loc else "", kind.__name__)
+        raise FedError(f"{key}={given!r} has the wrong type or value: {first['msg']} (the field is {hint}).") from error
+    except FedError as error:
+        raise FedError(f"{where}: {error}") from error
+
+
+def _strict(kind: type) -> type:
+    with_config(ConfigDict(extra="forbid", arbitrary_types_allowed=True))(kind)
+    return kind
+
+
+def _known(section: Mapping[str, Any], valid: Iterable[str], where: str) -> None:
+    valid = list(valid)
+    for key in section:
+        if key not in valid:
+            full = f"{where}.{key}" if where else str(key)
+            near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5)
+            hint = f"Did you mean {where + '.' if where else ''}{near[0]}?" if near else f"Valid: {', '.join(sorted(valid))}."
+            raise FedError(f"{full} is not a key of a recipe. {hint}")
+
+
+def _nearest(name: str, names: Iterable[str], what: str) -> str:
+    names = sorted(names)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"there is no {what} of that name.{hint} Valid: {', '.join(names)}."
+
+
+def _in_range(recipe: Recipe) -> None:
+    checks = [
+        (recipe.run.rounds >= 1, f"run.rounds={recipe.run.rounds}: at least 1 round is needed."),
+        (0 < recipe.clients.participation <= 1, f"clients.participation={recipe.clients.participation} is not in (0, 1]."),
+        (recipe.eval.every >= 0, f"eval.every={recipe.eval.every}: 0 (the last round only) or a number of rounds."),
+        (recipe.eval.batch_size >= 1, f"eval.batch_size={recipe.eval.batch_size}: at least 1."),
+    ]
+    for holds, message in checks:
+        if not holds:
+            raise FedError(message)
+    recipe.clients.ranks()
+
+
+def _page(recipe: Recipe, partition: str) -> dict[str, Any]:
+    """Every key with its value, in the order of the sections, as plain YAML values."""
+    data = {k: v for k, v in _plain(recipe.data).items() if k not in {"task", "partition"}}
+    return {
+        "run": _plain(recipe.run) | {"plan": False, "resume": False, "output": str(recipe.output)},
+        "algorithm": {"name": recipe.algorithm_name} | _plain(recipe.algorithm),
+        "model": _plain(recipe.model),
+        "data": {"name": recipe.data_name}
+        | _plain(recipe.data.task)
+        | data
+        | {"partition": {"name": partition} | _plain(recipe.data.partition)},
+        "clients": _plain(recipe.clients),
+        "worker": {"name": recipe.worker_name} | _plain(recipe.worker),
+        "eval": _plain(recipe.eval),
+    }
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value

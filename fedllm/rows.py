@@ -1,0 +1,39 @@
+"""Prompts and completions as tokens: what a client trains on and what a score is computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row. ``labels[i]`` is ``input_ids[i]`` on the completion and -100 on the prompt."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def trained(self) -> int:
+        """Tokens that carry a loss; the first token of a sequence never does."""
+        return sum(label != -100 for label in self.labels[1:])
+
+
+def encode(tokenizer: Any, prompts: Sequence[str], completions: Sequence[str], max_length: int) -> list[Encoded]:
+    """Rows as TRL prepares prompt/completion data: end-of-sequence appended, loss on the completion, cut at the end.
+
+    The completion starts where the tokens of the prompt and of prompt + completion part, which is not always after the
+    prompt: tokens may merge across the boundary. A row whose completion is cut off entirely has ``trained == 0``.
+    """
+    eos = tokenizer.eos_token or ""
+    completions = [text if text.endswith(eos) else text + eos for text in completions]
+    heads = tokenizer(list(prompts))["input_ids"]
+    wholes = tokenizer([prompt + text for prompt, text in zip(prompts, completions, strict=True)])["input_ids"]
+    return [_labelled(head, whole, max_length) for head, whole in zip(heads, wholes, strict=True)]
+
+
+def _labelled(head: list[int], whole: list[int], max_length: int) -> Encoded:
+    shared = next((i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), min(len(head), len(whole)))
+    labels = [-100] * shared + whole[shared:]
+    return Encoded(whole[:max_length], labels[:max_length])

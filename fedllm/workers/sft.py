@@ -1,0 +1,332 @@
+"""A client that fine-tunes LoRA adapters with TRL's ``SFTTrainer``. The only place that knows ``lora_alpha``.
+
+One trainer and one base model per process serve every client of the whole run: a second ``SFTTrainer`` on the same model
+would nest another forward and reset the global generator. A client's rank is the rank of the factors that are hung into
+PEFT's layers for the time it trains, so each pays for its own rank only.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedllm.core import Client, FedError, Round, Tensors
+from fedllm.lowrank import LowRank, as_lowrank
+from fedllm.rows import Encoded
+
+TRAINED, FROZEN = "client", "global"
+"""The two adapters in the model: the one a client trains, and a frozen float32 one for all that came before."""
+
+
+@dataclass(frozen=True)
+class SFT:
+    """How a client trains.
+
+    Args:
+        targets: names of the linear modules that get an adapter, matched as PEFT matches them.
+        alpha: LoRA's alpha: a number, or ``2r`` for twice the client's rank. The update is scaled by alpha / r.
+        rslora: scale by alpha / sqrt(r) instead.
+        dropout: on the adapter's input.
+        epochs: passes over the client's rows in a round, ``K``.
+        steps: optimizer steps in a round instead of ``epochs``.
+        batch_size: rows a forward pass.
+        accumulation: forward passes an optimizer step.
+        learning_rate: AdamW's, constant inside a round.
+        schedule: of the learning rate across rounds; ``cosine`` and ``linear`` end at 0 after the last.
+        weight_decay: AdamW's.
+        max_grad_norm: the gradient is clipped to this norm; 0 for never.
+        optimizer: ``fresh`` in every round, or ``kept``: each client's moments wait for its next round.
+        max_length: tokens a row is cut to.
+        gradient_checkpointing: recompute activations in the backward pass, for memory.
+    """
+
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    alpha: float | str = "2r"
+    rslora: bool = False
+    dropout: float = 0.0
+    epochs: float = 1.0
+    steps: int | None = None
+    batch_size: int = 1
+    accumulation: int = 1
+    learning_rate: float = 2e-4
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    optimizer: Literal["fresh", "kept"] = "fresh"
+    max_length: int = 512
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.alpha, str) and not re.fullmatch(r"\d+(\.\d+)?r?", self.alpha):
+            raise FedError(f"worker.alpha={self.alpha}: a number, or a multiple of the rank such as 2r.")
+        for name in ("batch_size", "accumulation", "max_length"):
+            if getattr(self, name) < 1:
+                raise FedError(f"worker.{name}={getattr(self, name)}: at least 1.")
+        if self.steps is not None and self.steps < 1:
+            raise FedError(f"worker.steps={self.steps}: at least 1, or null for worker.epochs.")
+        if self.epochs <= 0:
+            raise FedError(f"worker.epochs={self.epochs}: more than 0.")
+
+    def alpha_of(self, rank: int) -> float:
+        """LoRA's alpha for a client of this rank."""
+        text = str(self.alpha)
+        return float(text[:-1]) * rank if text.endswith("r") else float(text)
+
+    def scale(self, rank: int) -> float:
+        """``s_i``: what ``B A`` is multiplied by. alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        return self.alpha_of(rank) / (math.sqrt(rank) if self.rslora else rank)
+
+    def steps_for(self, rows: int) -> int:
+        """Optimizer steps in a round for a client with this many rows."""
+        if self.steps is not None:
+            return self.steps
+        per_epoch = math.ceil(math.ceil(rows / self.batch_size) / self.accumulation)
+        return math.ceil(self.epochs * per_epoch)
+
+    def learning_rate_in(self, index: int, rounds: int) -> float:
+        """The learning rate of round ``index`` (from 1) of ``rounds``."""
+        done = (index - 1) / max(rounds, 1)
+        shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": (1.0 + math.cos(math.pi * done)) / 2}
+        return self.learning_rate * shape[self.schedule]
+
+
+def target_shapes(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """``(d_out, d_in)`` of every linear module whose name ends in one of ``targets``; the model may be on meta.
+
+    Raises:
+        FedError: where a target names no linear module.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    shapes: dict[str, tuple[int, int]] = {}
+    for target in targets:
+        hits = {
+            name: tuple(module.weight.T.shape if isinstance(module, Conv1D) else module.weight.shape)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and (name == target or name.endswith(f".{target}"))
+        }
+        if not hits:
+            linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+            raise FedError(f"worker.targets: the model has no linear module {target!r}. It has: {', '.join(sorted(linear))}.")
+        shapes |= hits
+    return {name: shapes[name] for name, _ in model.named_modules() if name in shapes}
+
+
+@dataclass(frozen=True)
+class Seat:
+    """The worker, standing for one client."""
+
+    worker: SFTWorker
+    client: Client
+
+    def train(
+        self, adapter: Tensors, memory: Tensors, rnd: Round, frozen: Tensors | None = None
+    ) -> tuple[dict[str, LowRank], dict[str, Tensor], dict[str, float]]:
+        """Trains ``adapter`` on this client's rows, on top of the base model plus ``frozen``.
+
+        Args:
+            adapter: ``B A`` per target module, of any rank; the product with LoRA's scale folded in.
+            memory: what this returned for the client last time.
+            frozen: a further update per target module that is added to the base and not trained.
+
+        Returns:
+            The trained products, the memory to keep, and ``train_loss`` (nats a token, mean over steps), ``steps``,
+            ``tokens``, ``seconds``.
+        """
+        return self.worker.train(self.client, adapter, memory, rnd, frozen or {})
+
+
+class SFTWorker:
+    """One base model with PEFT's layers in it, and one trainer, for every client that this process stands for.
+
+    Args:
+        settings: how clients train.
+        base: the frozen model.
+        tokenizer: its tokenizer.
+        rows: every client's encoded training rows, by client id.
+        rounds: rounds of the run, for the schedule.
+        on_step: called with the loss after every optimizer step.
+    """
+
+    def __init__(
+        self,
+        settings: SFT,
+        base: nn.Module,
+        tokenizer: Any,
+        rows: Mapping[str, Sequence[Encoded]],
+        rounds: int,
+        on_step: Callable[[float | None], None] = lambda loss: None,
+    ) -> None:
+        from peft import LoraConfig, get_peft_model
+        from peft.tuners.lora import LoraLayer
+
+        self.settings, self.rounds = settings, rounds
+        self.rows = {id: [{"input_ids": r.input_ids, "labels": r.labels} for r in of] for id, of in rows.items()}
+        targets = list(target_shapes(base, settings.targets))
+        with _own_randomness(0):  # PEFT draws factors that are replaced before they are used, and TRL sets a seed
+            lora = LoraConfig(r=1, lora_alpha=1, target_modules=targets, lora_dropout=settings.dropout, task_type="CAUSAL_LM")
+            self.model = get_peft_model(base, lora, adapter_name=TRAINED)
+            self.model.add_adapter(FROZEN, LoraConfig(r=1, lora_alpha=1, target_modules=targets, task_type="CAUSAL_LM"))
+            self.trainer = _trainer(settings, self.model, tokenizer, next(iter(self.rows.values())), on_step)
+        layers = {n: m for n, m in self.model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+        self.layers: dict[str, Any] = {name: layers[name] for name in targets}
+        gc.collect()
+        gc.freeze()  # train() collects garbage: 0.2 s a call with a whole model in view
+
+    def of(self, client: Client) -> Seat:
+        """This worker, standing for ``client``."""
+        return Seat(self, client)
+
+    def train(
+        self, client: Client, adapter: Tensors, memory: Tensors, rnd: Round, frozen: Tensors
+    ) -> tuple[dict[str, LowRank], dict[str, Tensor], dict[str, float]]:
+        """See ``Seat.train``."""
+        started = time.perf_counter()
+        rows, steps = self.rows[client.id], self.settings.steps_for(len(self.rows[client.id]))
+        self._hang(TRAINED, adapter)
+        self._hang(FROZEN, frozen)
+        self._activate([FROZEN, TRAINED] if frozen else [TRAINED], train=True)
+        trainer = self.trainer
+        trainer.train_dataset = rows
+        trainer.args.max_steps = steps
+        trainer.args.learning_rate = self.settings.learning_rate_in(rnd.index, self.rounds)
+        trainer.optimizer, trainer.lr_scheduler = None, None
+        trainer._total_train_tokens = 0
+        with _own_randomness(rnd.rng("local", client.id).initial_seed()):
+            if self.settings.optimizer == "kept" and memory:
+                self._restore(trainer.create_optimizer(), memory)
+            result = trainer.train()
+        kept = self._moments(trainer.optimizer) if self.settings.optimizer == "kept" else {}
+        trainer.optimizer, trainer.lr_scheduler = None, None  # the moments of one client are not held for the next
+        returned = {name: self._held(self.layers[name]) for name in adapter}
+        metrics = {
+            "train_loss": float(result.training_loss),
+            "steps": result.global_step,
+            "tokens": int(trainer._total_train_tokens),
+            "seconds": time.perf_counter() - started,
+        }
+        return returned, kept, metrics
+
+    @contextmanager
+    def serving(self, update: Tensors) -> Iterator[nn.Module]:
+        """The base model plus ``update`` (any rank, or dense), in eval mode, for as long as the context lasts."""
+        self._hang(FROZEN, update)
+        self._activate([FROZEN] if update else [], train=False)
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            self._activate([], train=False)
+
+    def _hang(self, adapter: str, update: Tensors) -> None:
+        """Puts ``B A`` into PEFT's layers as ``scale (B / scale) A``: factors of any rank, float32, on the layer's device."""
+        for name, product in update.items():
+            layer, product = self.layers[name], as_lowrank(product)
+            scale = self.settings.scale(product.rank) if adapter == TRAINED else 1.0
+            device = layer.get_base_layer().weight.device
+            layer.lora_A[adapter].weight = nn.Parameter(product.A.detach().to(device, torch.float32, copy=True))
+            layer.lora_B[adapter].weight = nn.Parameter((product.B.detach() / scale).to(device, torch.float32))
+            layer.lora_A[adapter].out_features = layer.lora_B[adapter].in_features = product.rank
+            layer.r[adapter], layer.scaling[adapter] = product.rank, scale
+
+    def _held(self, layer: Any) -> LowRank:
+        """The trained product, on the CPU, the scale folded into B."""
+        B, A = layer.lora_B[TRAINED].weight.detach(), layer.lora_A[TRAINED].weight.detach()
+        return LowRank((B * layer.scaling[TRAINED]).cpu(), A.to("cpu", copy=True))
+
+    def _activate(self, adapters: list[str], *, train: bool) -> None:
+        for layer in self.layers.values():
+            layer.set_adapter(adapters, inference_mode=True)
+            layer.lora_A[TRAINED].weight.requires_grad_(train)
+            layer.lora_B[TRAINED].weight.requires_grad_(train)
+
+    def _factors(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{name}/{factor}": getattr(layer, f"lora_{factor}")[TRAINED].weight
+            for name, layer in self.layers.items()
+            for factor in "BA"
+        }
+
+    def _moments(self, optimizer: Any) -> dict[str, Tensor]:
+        """AdamW's state by factor and field, on the CPU."""
+        state = optimizer.optimizer.state  # inside accelerate's wrapper
+        return {
+            f"{name}/{key}": value.detach().to("cpu", copy=True)
+            for name, weight in self._factors().items()
+            for key, value in state[weight].items()
+        }
+
+    def _restore(self, optimizer: torch.optim.Optimizer, memory: Tensors) -> None:
+        for name, weight in self._factors().items():
+            fields = ("step", "exp_avg", "exp_avg_sq")
+            values = {field: memory[f"{name}/{field}"].clone() for field in fields}
+            optimizer.state[weight] = {k: v if k == "step" else v.to(weight) for k, v in values.items()}
+
+
+@contextmanager
+def _own_randomness(seed: int) -> Iterator[None]:
+    """The libraries inside draw from the global generators: seeded for this block, and put back after it."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _trainer(settings: SFT, model: nn.Module, tokenizer: Any, sample: Sequence[dict[str, Any]], on_step: Any) -> Any:
+    from datasets import Dataset
+    from transformers import PrinterCallback, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    class Steps(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                on_step(float(logs["loss"]))
+
+    device = next(model.parameters()).device
+    args = SFTConfig(
+        output_dir=tempfile.gettempdir(),  # never written to: nothing is saved from a client's trainer
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        lr_scheduler_type="constant",
+        optim="adamw_torch",
+        max_length=None,  # rows come encoded and cut
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        use_cpu=device.type == "cpu",
+        bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
+        dataloader_pin_memory=device.type == "cuda",
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # a client whose loss is NaN must say so
+        disable_tqdm=True,
+        max_steps=1,
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(list(sample[:1])),
+        processing_class=tokenizer,
+        callbacks=[Steps()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
