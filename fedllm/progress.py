@@ -24,7 +24,7 @@ from rich.text import Text
 FRAMES_PER_SECOND = 4
 WIDEST = 110
 MARGIN = 3
-"""Columns left free at the right: the terminal echoes ``^C`` there, and on a full line that would leave half a panel."""
+"""Columns left free at the right: the terminal echoes ``^C`` there, and on a full line half a panel would stay."""
 
 SMOOTHING = 0.8
 """Share of the past in the running loss; five steps are its memory."""
