@@ -1,0 +1,133 @@
+"""What an update must be before it may touch the state. Nothing is repaired: a reply is admitted whole or refused."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from statistics import median_low
+
+import torch
+from torch import Tensor
+
+from fedllm.core import Reply, Tensors, within
+from fedllm.lowrank import LowRank
+
+LARGEST = 1e18
+"""The largest norm of a factor, or of ``|B| |A|``, that is averaged: squares stay inside float32."""
+
+
+def trained(reply: Reply) -> Tensors:
+    """What this reply must look like: the ``adapter/`` group of what was sent, or all of it where there is none."""
+    return within("adapter", reply.sent) or reply.sent
+
+
+def admit(
+    replies: Sequence[Reply],
+    expected: Callable[[Reply], Tensors] = trained,
+    *,
+    norm_bound: float | None = None,
+) -> tuple[list[Reply], dict[str, str]]:
+    """The replies that may be averaged, in their order, and the others' client ids with the reason, a sentence each.
+
+    A reply must return exactly the names that it was expected to, each with the expected kind, shape and rank, of a
+    floating dtype, finite, and small enough to be averaged in float32. Two replies of one id are both refused: nobody
+    can tell which is meant.
+
+    Args:
+        expected: tensors with the names, shapes and ranks to be returned; their values serve ``norm_bound`` alone.
+        norm_bound: also refuse a reply whose ``|| returned - expected ||_F`` over the whole model is more than this
+            many times the (low) median of the replies that passed. It takes more than half of them to move that median
+            past the honest ones. ``None`` turns it off; so does a median of 0, which gives no unit to compare with.
+    """
+    copies = Counter(reply.client.id for reply in replies)
+    refused: dict[str, str] = {}
+    admitted = []
+    for reply in replies:
+        if copies[reply.client.id] > 1:
+            refused[reply.client.id] = f"The id replied {copies[reply.client.id]} times in one round."
+            continue
+        reason = _reason(reply.returned, expected(reply))
+        if reason is None:
+            admitted.append(reply)
+        else:
+            refused[reply.client.id] = reason
+    if norm_bound is None or not admitted:
+        return admitted, refused
+    norms = {reply.client.id: moved(reply.returned, expected(reply)) for reply in admitted}
+    middle = median_low(norms.values())
+    for reply in admitted:
+        norm = norms[reply.client.id]
+        if middle > 0 and norm > norm_bound * middle:
+            refused[reply.client.id] = (
+                f"The update's norm, {norm:.3g}, is {norm / middle:.3g} times the cohort's median, {middle:.3g}; "
+                f"the bound is {norm_bound:g} times."
+            )
+    return [reply for reply in admitted if reply.client.id not in refused], refused
+
+
+def moved(returned: Tensors, sent: Tensors) -> float:
+    """``|| returned - sent ||_F`` over the whole model: of the products where they are products."""
+    squares = 0.0
+    for name, start in sent.items():
+        end = returned[name]
+        if isinstance(end, LowRank) and isinstance(start, LowRank):
+            squares += (end - start).norm() ** 2
+        elif isinstance(end, Tensor) and isinstance(start, Tensor):
+            squares += float((end.double() - start.double()).square().sum())
+    return math.sqrt(squares)
+
+
+def _reason(returned: Tensors, expected: Tensors) -> str | None:
+    """Why this is not what was expected, or ``None``."""
+    missing = [name for name in expected if name not in returned]
+    if missing:
+        return f"{_some(missing)} missing from what was returned."
+    surplus = [name for name in returned if name not in expected]
+    if surplus:
+        return f"{_some(surplus)} returned and never sent to be trained."
+    return next((why for name in expected if (why := _misfit(name, returned[name], expected[name]))), None)
+
+
+def _some(names: Sequence[str]) -> str:
+    """``a is``, or ``a and 3 more are``."""
+    first = str(names[0])[:200]
+    return f"{first} is" if len(names) == 1 else f"{first} and {len(names) - 1} more are"
+
+
+def _misfit(name: str, given: object, wanted: Tensor | LowRank) -> str | None:
+    if isinstance(wanted, LowRank):
+        if not isinstance(given, LowRank):
+            return f"{name} is a {type(given).__name__}, and a LowRank was expected."
+        if given.shape != wanted.shape:
+            return f"{name} has the shape {given.shape}, and {wanted.shape} was expected."
+        if given.rank != wanted.rank:
+            return f"{name} has rank {given.rank}, and rank {wanted.rank} was expected."
+        factors = {"B": given.B, "A": given.A}
+        reason = next((why for key, factor in factors.items() if (why := _bad(f"{name}'s {key}", factor))), None)
+        if reason is None and _size(given.B) * _size(given.A) > LARGEST:
+            return f"{name} is so large (|B| |A| = {_size(given.B) * _size(given.A):.1e}) that averages would overflow."
+        return reason
+    if not isinstance(given, Tensor):
+        return f"{name} is a {type(given).__name__}, and a Tensor was expected."
+    if given.shape != wanted.shape:
+        return f"{name} has the shape {tuple(given.shape)}, and {tuple(wanted.shape)} was expected."
+    if not wanted.is_floating_point():  # a counter, not something that was trained
+        return None if given.dtype == wanted.dtype else f"{name} is {given.dtype}, and {wanted.dtype} was expected."
+    return _bad(name, given)
+
+
+def _bad(name: str, tensor: Tensor) -> str | None:
+    if not tensor.is_floating_point():
+        return f"{name} is {tensor.dtype}, and a floating dtype was expected."
+    wrong = tensor.numel() - int(torch.isfinite(tensor).sum())
+    if wrong:
+        return f"{name} holds {wrong} values that are NaN or infinite."
+    if _size(tensor) > LARGEST:
+        return f"{name} is so large (a norm of {_size(tensor):.1e}) that averages would overflow."
+    return None
+
+
+def _size(tensor: Tensor) -> float:
+    """Frobenius norm in float64: no square of a float32 overflows there."""
+    return float(tensor.double().norm())
