@@ -117,6 +117,10 @@ class Algorithm:
         """The global update that is evaluated and exported, by weight name."""
         return state
 
+    def personal(self, reply: Reply) -> Tensors:
+        """The update a client itself would use after its training; by default what it returned."""
+        return reply.returned
+
     def shares(self, state: Tensors, replies: Sequence[Reply]) -> dict[str, float]:
         """Each reply's share in the average, ``p_i``, by client id; they sum to 1. By default ``n_i / n`` (FedAvg)."""
         total = sum(reply.client.num_samples for reply in replies)

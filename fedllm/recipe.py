@@ -79,7 +79,7 @@ class Clients:
             ranks: Sequence[int] = [self.rank] * (self.count or 1)
         elif isinstance(self.rank, str):
             if self.rank not in PROFILES:
-                raise FedError(f"clients.rank={self.rank}: {_nearest(self.rank, PROFILES, 'rank profile')}")
+                raise FedError(f"clients.rank={self.rank}: {nearest(self.rank, PROFILES, 'rank profile')}")
             ranks = PROFILES[self.rank]
         else:
             ranks = self.rank
@@ -213,7 +213,7 @@ def find(name: str) -> Path:
         return Path(name)
     pages = {page.stem: page for folder in folders() for page in sorted(folder.glob("*.yaml"))}
     if name not in pages:
-        raise FedError(f"recipe={name}: {_nearest(name, pages, 'recipe')}")
+        raise FedError(f"recipe={name}: {nearest(name, pages, 'recipe')}")
     return pages[name]
 
 
@@ -258,7 +258,7 @@ def _named(table: Mapping[str, type], value: Any, where: str, default: str | Non
     if name is None:
         raise FedError(f"{where}.name is missing. One of: {', '.join(sorted(table))}.")
     if name not in table:
-        raise FedError(f"{where}.name={name}: {_nearest(str(name), table, where.rpartition('.')[2])}")
+        raise FedError(f"{where}.name={name}: {nearest(str(name), table, where.rpartition('.')[2])}")
     return name, _typed(table[name], section, where, also={"name", *also})
 
 
@@ -293,7 +293,8 @@ def _known(section: Mapping[str, Any], valid: Iterable[str], where: str) -> None
             raise FedError(f"{full} is not a key of a recipe. {hint}")
 
 
-def _nearest(name: str, names: Iterable[str], what: str) -> str:
+def nearest(name: str, names: Iterable[str], what: str) -> str:
+    """"There is no such thing", the nearest name there is, and all of them."""
     names = sorted(names)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]}?" if near else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -62,8 +63,10 @@ class FedHL(FlexLoRA):
         return (p / p.sum(dim=-1, keepdim=True)).expand(len(self.served(state)), len(replies))
 
     def _optimal(self, state: Tensors, replies: Sequence[Reply]) -> torch.Tensor:
-        errors = {r: list(truncation_errors(state, r).values()) for r in {reply.client.rank for reply in replies}}
-        e2 = torch.tensor([errors[reply.client.rank] for reply in replies], dtype=torch.float64).T.square()
+        ranks = [[reply.sent[name].rank for reply in replies] for name in self.served(state)]  # what each was sent
+        errors = {r: truncation_errors(state, r) for r in set(chain.from_iterable(ranks))}
+        e = [[errors[r][name] for r in row] for name, row in zip(self.served(state), ranks, strict=True)]
+        e2 = torch.tensor(e, dtype=torch.float64).square()
         if self.weights_per == "model":
             e2 = e2.sum(dim=0, keepdim=True)
         drift = e2 if self.truncation_error == "norm" else e2.square()

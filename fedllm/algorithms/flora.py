@@ -36,3 +36,7 @@ class FLoRA(Algorithm):
             name: cheapest(plus(state[name], mean_products([reply.returned[name] for reply in replies], weights)))
             for name in names_of(replies)
         }
+
+    def personal(self, reply: Reply) -> Tensors:
+        frozen = within("frozen", reply.sent)
+        return {name: plus(frozen[name], update) for name, update in reply.returned.items()}

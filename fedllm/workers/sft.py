@@ -79,6 +79,12 @@ class SFT:
         if self.epochs <= 0:
             raise FedError(f"worker.epochs={self.epochs}: more than 0.")
 
+    def federation(self, recipe: Any) -> Any:
+        """Rows, clients and plan of a recipe whose worker this is."""
+        from fedllm.workers.text import TextFederation
+
+        return TextFederation(recipe)
+
     def alpha_of(self, rank: int) -> float:
         """LoRA's alpha for a client of this rank."""
         text = str(self.alpha)
@@ -130,6 +136,11 @@ class Seat:
 
     worker: SFTWorker
     client: Client
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in a round."""
+        return self.worker.settings.steps_for(len(self.worker.rows[self.client.id]))
 
     def train(
         self, adapter: Tensors, memory: Tensors, rnd: Round, frozen: Tensors | None = None

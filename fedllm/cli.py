@@ -1,0 +1,80 @@
+"""The ``fedllm`` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fedllm.core import FedError
+
+
+def train(arguments: list[str]) -> int:
+    """fedllm train recipe=NAME [a.b=c ...]: run it"""
+    from fedllm.train import main as run
+
+    return run(arguments)
+
+
+def plan(arguments: list[str]) -> int:
+    """fedllm plan recipe=NAME [a.b=c ...] [--json]: who would train what, before anything heavy is loaded"""
+    from rich.console import Console
+
+    from fedllm.plan import show
+    from fedllm.recipe import load
+
+    recipe = load([argument for argument in arguments if argument != "--json"])
+    planned = recipe.worker.federation(recipe).plan()
+    if "--json" in arguments:
+        print(json.dumps(planned))
+    else:
+        show(recipe, planned, Console())
+    return 0
+
+
+def aggregate(arguments: list[str]) -> int:
+    """fedllm aggregate RULE DIR... --out DIR: the server, without a run, on PEFT adapter folders"""
+    from fedllm.aggregate import main as run
+
+    return run(arguments)
+
+
+def report(arguments: list[str]) -> int:
+    """fedllm report RUN: write report.md and the plots of a run's folder again"""
+    from fedllm.report import write
+
+    parser = argparse.ArgumentParser(prog="fedllm report", description=report.__doc__)
+    parser.add_argument("run", type=Path)
+    print(write(parser.parse_args(arguments).run))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "plan": plan,
+    "aggregate": aggregate,
+    "report": report,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. 2: something the user can mend, said in one sentence on stderr."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in {"-h", "--help"}:
+        print("\n".join(["The commands of fedllm:", "", *(f"  {command.__doc__}" for command in COMMANDS.values())]))
+        return 0 if given else 2
+    try:
+        if given[0] not in COMMANDS:
+            from fedllm.recipe import nearest
+
+            raise FedError(f"fedllm {given[0]}: {nearest(given[0], COMMANDS, 'command')}")
+        return COMMANDS[given[0]](given[1:])
+    except FedError as error:
+        print(f"fedllm: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

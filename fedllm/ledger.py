@@ -1,0 +1,54 @@
+"""Bytes, exact: what a payload weighs on the wire, per client and direction."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch import Tensor
+
+from fedllm.core import Tensors
+from fedllm.lowrank import LowRank
+
+_NAMES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
+}  # fmt: skip
+_ORDER = {dtype: place for place, dtype in enumerate(_NAMES)}  # safetensors writes the last of these first
+
+
+def flatten(tensors: Tensors) -> dict[str, Tensor]:
+    """Plain tensors, for safetensors: a product becomes ``name#B`` and ``name#A``."""
+    flat: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if isinstance(value, LowRank):
+            flat |= {f"{name}#B": value.B.contiguous(), f"{name}#A": value.A.contiguous()}
+        else:
+            flat[name] = value.contiguous()
+    return flat
+
+
+def unflatten(flat: dict[str, Tensor]) -> dict[str, Tensor | LowRank]:
+    """What ``flatten`` was given, in the order of its names."""
+    tensors: dict[str, Tensor | LowRank] = {}
+    for name, value in flat.items():
+        owner, _, factor = name.rpartition("#")
+        if factor == "B":
+            tensors[owner] = LowRank(value, flat[f"{owner}#A"])
+        elif not factor or factor != "A":
+            tensors[name] = value
+    return tensors
+
+
+def size(tensors: Tensors) -> int:
+    """Bytes of the safetensors file that holds ``tensors``: its length field, its header, its data."""
+    flat = flatten(tensors)
+    order = sorted(flat, key=lambda name: (-_ORDER[flat[name].dtype], name))
+    header, offset = {}, 0
+    for name in order:
+        end = offset + flat[name].numel() * flat[name].element_size()
+        shape = list(flat[name].shape)
+        header[name] = {"dtype": _NAMES[flat[name].dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + (text + 7) // 8 * 8 + offset

@@ -1,0 +1,149 @@
+"""A whole federated run: recipe -> clients -> rounds -> report.
+
+    accelerate launch fedllm/train.py recipe=NAME [a.b=c ...]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # launched by path: sys.path starts with this folder, whose modules are not top-level ones
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from rich.console import Console
+
+from fedllm import adapters, checkpoint, folder, report
+from fedllm import recipe as recipes
+from fedllm.checkpoint import Checkpoint
+from fedllm.core import FedError, Tensors
+from fedllm.fleets.local import Local
+from fedllm.plan import show
+from fedllm.progress import Display, Progress
+from fedllm.rounds import federate
+from fedllm.tracking import open_tracker
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs it. 0: done; 2: a recipe or data that cannot be run, said in one sentence on stderr."""
+    try:
+        train(recipes.load(sys.argv[1:] if arguments is None else arguments))
+    except FedError as error:
+        print(f"fedllm: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(recipe: recipes.Recipe) -> None:
+    """One recipe, from its rows to its report."""
+    run, out, algorithm, console = recipe.run, recipe.output, recipe.algorithm, Console()
+    if not run.plan:
+        folder.check(out, resume=run.resume, overwrite=run.overwrite)
+    federation = recipe.worker.federation(recipe)
+    if run.plan:
+        show(recipe, federation.plan(), console)
+        return
+    done = checkpoint.load(out / "checkpoint", recipe.page) if run.resume else None
+    folder.prepare(out, recipes.dump(recipe), federation.partition, overwrite=run.overwrite and not run.resume)
+    if done is None:
+        done = Checkpoint(0, algorithm.init(federation.model, federation.clients), {}, [], recipe.page)
+    folder.write_lines(out / "rounds.jsonl", done.records[:-1])
+    title = f"{recipe.name}: {recipe.algorithm_name}, {len(federation.clients)} clients, {recipe.model.name}"
+    with Progress(run.rounds, title, console) as display, open_tracker(run.tracker, out, dict(recipe.page)) as tracker:
+        worker = federation.worker(display.step)
+        base = _base(recipe, worker, display)
+
+        def close(records: list[dict[str, Any]], state: Tensors) -> None:
+            """Scores the last record's round if that is due, and makes its line public."""
+            record = records[-1]
+            last = record["round"] == run.rounds
+            if last or (recipe.eval.every and record["round"] % recipe.eval.every == 0):
+                record["eval"] = _score(out, worker, display, f"round_{record['round']:04d}", algorithm.served(state))
+            folder.append_line(out / "rounds.jsonl", record)
+            tracker.log(record)
+            display.finish_round(record)
+
+        state, records, replies = done.state, list(done.records), []
+        if records:
+            close(records, state)
+        for outcome in federate(
+            algorithm,
+            federation.clients,
+            worker,
+            Local(display),
+            display,
+            state=state,
+            memories=done.memories,
+            first=done.index + 1,
+            rounds=run.rounds,
+            seed=run.seed,
+            participation=recipe.clients.participation,
+        ):
+            state, replies = outcome.state, outcome.replies
+            records.append(outcome.record)
+            checkpoint.save(
+                out / "checkpoint", Checkpoint(outcome.round.index, state, outcome.memories, records, recipe.page)
+            )
+            close(records, state)
+        rows = [{"name": "base model", **base}] if base else []
+        rows.append({"name": f"federated ({recipe.algorithm_name})", **records[-1]["eval"]})
+        if recipe.eval.clients:
+            for reply in replies:
+                scores = _score(out, worker, display, f"client_{reply.client.id}", algorithm.personal(reply))
+                rows.append({"name": f"client {reply.client.id}, its own model", **scores})
+        if recipe.eval.alone is not None:
+            rows.append(_alone(recipe, federation, worker, display, recipe.eval.alone))
+        adapters.write(
+            out / "adapter",
+            algorithm.served(state),
+            base_model=recipe.model.name,
+            targets=recipe.worker.targets,
+            overwrite=True,
+        )
+    summary = {"title": title, "rows": rows, "notes": federation.notes}
+    folder.write(out / "summary.json", json.dumps(summary, indent=1))
+    written = report.write(out)
+    report.print_summary(summary, console)
+    console.print(f"[dim]report: {written}   adapter: {out / 'adapter'}[/dim]", soft_wrap=True)
+
+
+def _base(recipe: recipes.Recipe, worker: Any, display: Display) -> dict[str, float]:
+    """The untouched model's scores; once a run, also when it is resumed."""
+    kept = recipe.output / "eval" / "base.json"
+    if not recipe.eval.base:
+        return {}
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    scores = _score(recipe.output, worker, display, "base", {})
+    folder.write(kept, json.dumps(scores))
+    return scores
+
+
+def _score(out: Path, worker: Any, display: Display, name: str, update: Tensors) -> dict[str, float]:
+    """Metrics of the base model plus ``update``; its generations go to ``eval/NAME.jsonl``."""
+    display.evaluating(name)
+    score = worker.evaluate(update)
+    if score.generations:
+        folder.write_lines(out / "eval" / f"{name}.jsonl", score.generations)
+    return score.metrics
+
+
+def _alone(recipe: recipes.Recipe, federation: Any, worker: Any, display: Display, index: int) -> dict[str, Any]:
+    """A federation of one: the same client, rows, rounds and steps, and nobody to average with."""
+    client = federation.clients[index]
+    display.evaluating(f"client {client.id} alone")
+    algorithm = federation.alone
+    state = algorithm.init(federation.model, [client])
+    for outcome in federate(
+        algorithm, [client], worker, Local(display), display, state=state, memories={}, first=1, rounds=recipe.run.rounds, seed=recipe.run.seed
+    ):  # fmt: skip
+        state = outcome.state
+    scores = _score(recipe.output, worker, display, f"alone_{client.id}", algorithm.served(state))
+    return {"name": f"client {client.id} alone, as many steps", **scores}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""From a recipe to a federation of text clients: rows, clients, plan, and the worker that trains and scores them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedllm import ledger
+from fedllm.algorithms.fedit import FedIT
+from fedllm.core import Client, FedError, Model, Round, Tensors
+from fedllm.inference import generate, held_out_loss
+from fedllm.models import language
+from fedllm.partition import describe
+from fedllm.recipe import Recipe
+from fedllm.rows import Encoded, encode
+from fedllm.workers.sft import SFT, Seat, SFTWorker, target_shapes
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Echo:
+    """A worker that returns what it is sent: what travels, without training."""
+
+    def train(self, adapter: Tensors, memory: Tensors, rnd: Round, frozen: Tensors | None = None) -> Any:
+        return adapter, memory, {}
+
+
+@dataclass(frozen=True)
+class Score:
+    """Metrics of one evaluation, and the raw generations they were computed from."""
+
+    metrics: dict[str, float]
+    generations: list[dict[str, Any]]
+
+
+class TextFederation:
+    """Everything about a run of language-model clients that is known before a weight is loaded.
+
+    Args:
+        recipe: the resolved recipe, whose worker is ``SFT``.
+
+    Raises:
+        FedError: rows that cannot be had, clients without rows, a rank above a weight's size.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.settings: SFT = recipe.worker
+        members = [Client(f"c{i}", 0, rank) for i, rank in enumerate(recipe.clients.ranks())]
+        recipe.algorithm.validate(members)
+        self.shapes = target_shapes(language.skeleton(recipe.model), self.settings.targets)
+        self._check_ranks(members)
+        data = recipe.data
+        train = self._rows("train", data.train_rows)
+        column = data.partition.column
+        labels = None if column is None else [data.task.label(row, column) for row in train]
+        parts = data.partition.split(labels, len(train), members, recipe.run.seed)
+        self.tokenizer = language.tokenizer(recipe.model)
+        encoded = self._encode(train)
+        kept = [[i for i in part if encoded[i].trained] for part in parts]
+        for member, part in zip(members, kept, strict=True):
+            if not part:
+                raise FedError(
+                    f"client {member.id} has no row whose completion survives worker.max_length="
+                    f"{self.settings.max_length}: raise it, or give the client more rows."
+                )
+        self.clients = tuple(
+            dataclasses.replace(member, num_samples=len(part)) for member, part in zip(members, kept, strict=True)
+        )
+        self.rows = {client.id: [encoded[i] for i in part] for client, part in zip(self.clients, kept, strict=True)}
+        kind = recipe.page["data"]["partition"]["name"]
+        self.partition = describe(kind, kept, labels, len(train), self.clients, recipe.run.seed)
+        self.model = Model({name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()})
+
+    alone = FedIT()
+    """How a client trains without the others: nothing is averaged, and nothing is lost."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What the summary's numbers were computed from."""
+        dropped = self.partition["dropped_rows"]
+        notes = [f"{len(self.test)} held-out rows of {self.recipe.data_name}; loss in nats per completion token."]
+        return notes + ([f"{dropped} training rows lost their completion to max_length and were left out."] if dropped else [])
+
+    @cached_property
+    def test(self) -> list[Row]:
+        """The held-out rows."""
+        return self._rows("test", self.recipe.data.test_rows)
+
+    def worker(self, on_step: Callable[[float | None], None]) -> TextWorker:
+        """Loads the model; everything before this is light."""
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        base = language.load(self.recipe.model, device, self.recipe.run.seed)
+        return TextWorker(self, base, on_step)
+
+    def plan(self) -> dict[str, Any]:
+        """Who trains what, what travels, and what a client's machine must hold; plain JSON values.
+
+        Bytes are those of round 1, exact. Memory is an estimate: weights, the adapter with its gradient and AdamW's two
+        moments in float32, and for activations what a forward and backward pass of one batch of the longest row keeps.
+        """
+        algorithm, rnd = self.recipe.algorithm, Round(1, self.recipe.run.seed)
+        state = algorithm.init(self.model, self.clients)
+        base = self._base_bytes()
+        clients = []
+        for client in self.clients:
+            rows, rank = self.rows[client.id], client.rank
+            sent = algorithm.download(state, client, rnd)
+            returned, _, _ = algorithm.local(Echo(), sent, {}, rnd)
+            steps = self.settings.steps_for(len(rows))
+            passes = steps * self.settings.batch_size * self.settings.accumulation / len(rows)
+            adapter = rank * sum(d_out + d_in for d_out, d_in in self.shapes.values())
+            clients.append(
+                {
+                    "id": client.id,
+                    "rank": rank,
+                    "alpha": self.settings.alpha_of(rank),
+                    "scale": self.settings.scale(rank),
+                    "rows": len(rows),
+                    "steps": steps,
+                    "tokens": round(passes * sum(len(row.input_ids) for row in rows)),
+                    "trainable_parameters": adapter,
+                    "memory_bytes": base + 16 * adapter + self._activation_bytes(max(len(r.input_ids) for r in rows)),
+                    "bytes_down": ledger.size(sent),
+                    "bytes_up": ledger.size(returned),
+                }
+            )
+        share = self.recipe.clients.participation
+        totals = {key: sum(c[key] for c in clients) for key in ("rows", "steps", "tokens", "bytes_down", "bytes_up")}
+        cohort = max(1, int(share * len(clients) + 1e-9))
+        totals |= {
+            "rounds": self.recipe.run.rounds,
+            "clients": len(clients),
+            "cohort": cohort,
+            "dropped_rows": self.partition["dropped_rows"],
+            "base_bytes": base,
+            "run_bytes": round((totals["bytes_down"] + totals["bytes_up"]) * self.recipe.run.rounds * cohort / len(clients)),
+        }
+        return {"clients": clients, "levels": [], "totals": totals}
+
+    def encode_test(self) -> list[Encoded]:
+        """The held-out rows as tokens, those that truncation empties left out."""
+        return [row for row in self._encode(self.test) if row.trained]
+
+    def _encode(self, rows: Sequence[Row]) -> list[Encoded]:
+        task = self.recipe.data.task
+        return encode(self.tokenizer, [task.prompt(r) for r in rows], [task.target(r) for r in rows], self.settings.max_length)
+
+    def _rows(self, split: str, most: int | None) -> list[Row]:
+        rows = self.recipe.data.task.load(self.recipe.data.path, split)
+        if not rows:
+            raise FedError(f"data.name={self.recipe.data_name}: the {split} split has no rows.")
+        if most is None or most >= len(rows):
+            return list(rows)
+        if most < 1:
+            raise FedError(f"data.{split}_rows={most}: at least 1, or null for all of them.")
+        order = np.random.default_rng([self.recipe.run.seed, 0 if split == "train" else 1]).permutation(len(rows))
+        return [rows[i] for i in order[:most]]
+
+    def _check_ranks(self, members: Sequence[Client]) -> None:
+        name, shape = min(self.shapes.items(), key=lambda item: min(item[1]))
+        for member in members:
+            if member.rank > min(shape):
+                raise FedError(
+                    f"client {member.id} has rank {member.rank}, and {name} is {shape[0]} x {shape[1]}: "
+                    f"a rank is at most {min(shape)} here. Lower clients.rank."
+                )
+
+    def _base_bytes(self) -> int:
+        skeleton = language.skeleton(self.recipe.model)
+        bits = {"4bit": 4.5, "8bit": 8.0, "none": 32.0}[self.recipe.model.quantization]  # NF4: and its block constants
+        if bits == 32.0 and (self.recipe.model.dtype in {"bfloat16", "float16"} or torch.cuda.is_available()):
+            bits = 16.0
+        linear = sum(m.weight.numel() for m in skeleton.modules() if isinstance(m, nn.Linear))
+        other = sum(p.numel() for p in skeleton.parameters()) - linear
+        return int(linear * bits / 8 + other * max(bits, 16.0) / 8)
+
+    def _activation_bytes(self, longest: int) -> int:
+        settings = language.config(self.recipe.model)
+        hidden, layers = settings.hidden_size, settings.num_hidden_layers
+        tokens = longest * self.settings.batch_size
+        per_layer = 2 if self.settings.gradient_checkpointing else 34  # half-words a token and unit (Korthikanti et al.)
+        return tokens * hidden * layers * per_layer + 4 * tokens * settings.vocab_size
+
+
+class TextWorker:
+    """Trains and scores; see ``SFTWorker`` for the training."""
+
+    def __init__(self, federation: TextFederation, base: nn.Module, on_step: Callable[[float | None], None]) -> None:
+        recipe = federation.recipe
+        self.federation, self.tokenizer = federation, federation.tokenizer
+        self.sft = SFTWorker(recipe.worker, base, self.tokenizer, federation.rows, recipe.run.rounds, on_step)
+
+    def of(self, client: Client) -> Seat:
+        return self.sft.of(client)
+
+    def evaluate(self, update: Tensors) -> Score:
+        """Held-out loss of the base model plus ``update``, and the task's scores of its generated answers."""
+        recipe, task = self.federation.recipe, self.federation.recipe.data.task
+        test = self.federation.test
+        with self.sft.serving(update) as model:
+            pad = self.tokenizer.pad_token_id
+            metrics = {"loss": held_out_loss(model, self.federation.encode_test(), pad, recipe.eval.batch_size)}
+            if not recipe.eval.generate:
+                return Score(metrics, [])
+            prompts = [task.prompt(row) for row in test]
+            limit = recipe.eval.max_new_tokens or task.max_new_tokens
+            texts = generate(model, self.tokenizer, prompts, max_new_tokens=limit, batch_size=recipe.eval.batch_size)
+        scored = [task.score(text, row) for text, row in zip(texts, test, strict=True)]
+        metrics |= {name: sum(score[name] for score in scored) / len(scored) for name in scored[0]}
+        generations = [
+            {"prompt": prompt, "generated": text, "target": task.target(row), **score}
+            for prompt, text, row, score in zip(prompts, texts, test, scored, strict=True)
+        ]
+        return Score(metrics, generations)
