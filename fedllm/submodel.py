@@ -1,0 +1,224 @@
+"""Which slice of which axis of which weight a client holds: width (channels) and depth (blocks), for any model.
+
+A model declares its ``Anatomy``. A rule (HeteroFL, FedRolex, FedDropout) picks ``Channels``, the channels kept of every
+group; ``index`` spells them out per weight; ``take`` cuts the client's weights out, ``scatter_mean`` puts them back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedllm.core import FedError
+
+Weights = Mapping[str, Tensor]
+Channels = Mapping[str, Tensor]
+"""Group -> the channels kept of it, ``(n,)`` int64, in the order in which the client holds them."""
+Index = Mapping[str, tuple[Tensor | None, ...]]
+"""Weight -> per axis the entries kept, ``(n,)`` int64 or None for all. A weight that is not named is kept whole."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One axis of a weight that runs over a channel group: it has ``outer * size * inner`` entries.
+
+    Args:
+        group: the channels' name. Axes of one group lose the same channels; a residual stream is one group.
+        outer: repetitions around the channels (attention heads of ``size`` channels each).
+        inner: consecutive entries of each channel (pixels of a flattened feature map).
+    """
+
+    group: str
+    outer: int = 1
+    inner: int = 1
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a model says of itself, so that one code slices all of them.
+
+    Args:
+        groups: channel group -> its number of channels in the full model.
+        axes: weight name -> a ``Cut`` or None (never sliced) per axis.
+        layers: module names of the numbered layers; the first is number 1 (FedLMT's rho counts them).
+        whole: numbered layers that are never factorised.
+        blocks: module names by block; a model of depth b holds blocks 0 to b (block 0: the stem and whatever all hold).
+        heads: modules whose output is logits, by the depth of their block.
+    """
+
+    groups: Mapping[str, int]
+    axes: Mapping[str, tuple[Cut | None, ...]]
+    layers: tuple[str, ...]
+    whole: tuple[str, ...]
+    blocks: tuple[tuple[str, ...], ...]
+    heads: tuple[str, ...]
+
+    def factorable(self, rho: int) -> tuple[str, ...]:
+        """The numbered layers after the first ``rho`` that may be factorised (FedLMT, Def. 3.1)."""
+        if not 0 <= rho <= len(self.layers):
+            raise FedError(f"rho counts the undecomposed layers, 0 to {len(self.layers)} for this model, got {rho}.")
+        return tuple(name for name in self.layers[rho:] if name not in self.whole)
+
+    def numbers(self, names: Iterable[str]) -> dict[str, int]:
+        """The numbered layer that every weight goes with.
+
+        Args:
+            names: weight names in the model's own order: one without a number (a norm, a shortcut) goes with the
+                numbered layer before it.
+        """
+        number, of = 0, {}
+        for name in names:
+            own = [i for i, layer in enumerate(self.layers, start=1) if _inside(name, layer)]
+            number = own[0] if own else number
+            of[name] = number
+        return of
+
+    def depths(self, names: Iterable[str]) -> dict[str, int]:
+        """The smallest depth that holds each weight."""
+        of = {}
+        for name in names:
+            found = [b for b, modules in enumerate(self.blocks) if any(_inside(name, module) for module in modules)]
+            if not found:
+                raise FedError(f"{name} is in no block of this model: declare it in one of {len(self.blocks)} blocks.")
+            of[name] = found[0]
+        return of
+
+
+def _inside(name: str, module: str) -> bool:
+    return name.startswith(f"{module}.")
+
+
+def at_depth(anatomy: Anatomy, weights: Weights, depth: int | None) -> dict[str, Tensor]:
+    """The weights that a client of this depth holds; None is the whole depth."""
+    if depth is None:
+        return dict(weights)
+    if not 1 <= depth < len(anatomy.blocks):
+        raise FedError(f"depth is 1 to {len(anatomy.blocks) - 1} for this model, got {depth}.")
+    needs = anatomy.depths(weights)
+    return {name: tensor for name, tensor in weights.items() if needs[name] <= depth}
+
+
+def kept(size: int, rate: float) -> int:
+    """``ceil(rate * size)``, the channels left of a group."""
+    if not 0 < rate <= 1:
+        raise FedError(f"a width is a share of the channels, above 0 and at most 1, got {rate}.")
+    return math.ceil(rate * size - 1e-9)  # 0.6 * 5 is 3.0000000000000004
+
+
+def prefix(anatomy: Anatomy, rate: float) -> Channels:
+    """HeteroFL (Diao et al., 2021): the first channels of every group."""
+    return {group: torch.arange(kept(size, rate)) for group, size in anatomy.groups.items()}
+
+
+def rolling(anatomy: Anatomy, rate: float, t: int) -> Channels:
+    """FedRolex (Alam et al., 2022): channels ``(t + j) mod c`` for ``j < n``, one window per group, round by round."""
+    return {group: (t + torch.arange(kept(size, rate))) % size for group, size in anatomy.groups.items()}
+
+
+def random(anatomy: Anatomy, rate: float, generator: torch.Generator) -> Channels:
+    """FedDropout (Caldas et al., 2018): a fresh subset of every group, in the order of the full model."""
+    drawn = permuted(anatomy, rate, generator)
+    return {group: channels.sort().values for group, channels in drawn.items()}
+
+
+def permuted(anatomy: Anatomy, rate: float, generator: torch.Generator) -> Channels:
+    """A fresh subset of every group in random order.
+
+    With an anatomy that gives every convolution a group of its own this is what the published FedDropout runs did: the
+    two branches of an identity shortcut then carry different channels, and not even rate 1 preserves the function.
+    """
+    return {g: torch.randperm(size, generator=generator)[: kept(size, rate)] for g, size in anatomy.groups.items()}
+
+
+def index(anatomy: Anatomy, channels: Channels) -> Index:
+    """The entries of every weight's axes that these channels are."""
+    return {
+        name: tuple(
+            None if cut is None else entries(cut, channels[cut.group], anatomy.groups[cut.group]) for cut in cuts
+        )
+        for name, cuts in anatomy.axes.items()
+    }
+
+
+def entries(cut: Cut, channels: Tensor, size: int) -> Tensor:
+    """Entry ``(o size + c) inner + i`` for every outer ``o``, kept channel ``c`` and inner ``i``, in that order."""
+    outer = torch.arange(cut.outer)[:, None, None] * size
+    return ((outer + channels[None, :, None]) * cut.inner + torch.arange(cut.inner)).reshape(-1)
+
+
+def take(weights: Weights, where: Index) -> dict[str, Tensor]:
+    """The sub-model's weights, copies in the order of the index."""
+    part = {}
+    for name, tensor in weights.items():
+        for axis, kept_entries in enumerate(where.get(name, ())):
+            if kept_entries is not None:
+                tensor = tensor.index_select(axis, kept_entries.to(tensor.device))
+        part[name] = tensor.clone()
+    return part
+
+
+def put(weights: Weights, part: Weights, where: Index) -> dict[str, Tensor]:
+    """``weights`` with the sub-model's scalars written back; a weight that ``part`` lacks stays."""
+    whole = {name: tensor.clone() for name, tensor in weights.items()}
+    for name, tensor in part.items():
+        whole[name][_grid(where.get(name, ()), tensor)] = tensor.to(whole[name])
+    return whole
+
+
+def scatter_mean(
+    weights: Weights, parts: Sequence[Weights], where: Sequence[Index], shares: Sequence[float] | None = None
+) -> dict[str, Tensor]:
+    """Per scalar the mean over the clients that held it; a scalar nobody held keeps its old value, bit for bit.
+
+    Args:
+        weights: the server's, whole.
+        parts: what each client returned, any subset of the names.
+        where: each client's index.
+        shares: each client's weight in the mean, up to a common factor; uniform by default.
+
+    Entries of integer type (counters) are copied from the last client that held them.
+    """
+    shares = [1.0] * len(parts) if shares is None else shares
+    after = {}
+    for name, old in weights.items():
+        held = [(p[name], w.get(name, ()), s) for p, w, s in zip(parts, where, shares, strict=True) if name in p]
+        if not old.is_floating_point():
+            after[name] = held[-1][0].clone() if held else old.clone()
+            continue
+        total = torch.zeros_like(old, dtype=torch.promote_types(old.dtype, torch.float32))
+        count = torch.zeros_like(total)
+        for tensor, axes, share in held:
+            grid = _grid(axes, tensor)
+            total[grid] += share * tensor.to(total)
+            count[grid] += share
+        after[name] = torch.where(count > 0, (total / count).to(old.dtype), old)
+    return after
+
+
+def rows(part: Weights, where: Index, names: Iterable[str], keep: Tensor) -> tuple[dict[str, Tensor], dict]:
+    """The part without the rows of ``names`` that ``keep (n,)`` does not list, and its index.
+
+    HeteroFL's masking: a head's rows of classes that a client has no data of do not enter the mean.
+    """
+    tensors, at = dict(part), dict(where)
+    for name in names:
+        axes = at.get(name, (None,) * part[name].ndim)
+        tensors[name] = part[name][keep.to(part[name].device)]
+        at[name] = (keep if axes[0] is None else axes[0][keep], *axes[1:])
+    return tensors, at
+
+
+def _grid(axes: tuple[Tensor | None, ...], part: Tensor) -> tuple:
+    """An open mesh that picks ``part``'s scalars out of the whole weight."""
+    if all(kept_entries is None for kept_entries in axes):
+        return (...,)
+    mesh = []
+    for axis, size in enumerate(part.shape):
+        chosen = axes[axis]
+        line = torch.arange(size) if chosen is None else chosen
+        mesh.append(line.to(part.device).reshape([-1 if a == axis else 1 for a in range(part.ndim)]))
+    return tuple(mesh)
