@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+TOLERANCE = 5e-6
+"""What a truncated solver may leave, relative to each approximation it serves: half of the 1e-5 that is promised."""
+
+GUARD = 16
+"""Triplets sought beyond those wanted: the gap behind them is what tells the wanted ones apart from the rest."""
+
+SMALL = 512
+"""Up to this size a full SVD in float64 is a matter of milliseconds, and nothing else is worth its risk."""
 
 
 def _compute(tensor: Tensor) -> Tensor:
@@ -21,7 +31,8 @@ class LowRank:
         B: ``(d_out, r)``.
         A: ``(r, d_in)``.
 
-    Sums are exact: ranks add. Nothing here ever forms ``d_out x d_in`` unless that is cheaper than not to.
+    Sums are exact: ranks add. Nothing here ever forms ``d_out x d_in`` unless that is cheaper than not to. bf16 and
+    fp16 are for storage: whatever is computed from them comes out in float32.
 
     Raises:
         ValueError: where the factors do not fit each other.
@@ -52,11 +63,17 @@ class LowRank:
 
     def dense(self) -> Tensor:
         """``(d_out, d_in)``."""
-        return _compute(self.B) @ _compute(self.A)
+        B, A = _factors(self)
+        return B @ A
 
     def norm(self) -> float:
         """Frobenius norm, through QR: Gram matrices would lose half the digits, and can come out negative."""
-        return float(torch.linalg.matrix_norm(_core(self)[0].double()))
+        lean = _lean(self)
+        if lean.rank == 0:
+            return 0.0
+        R_B = torch.linalg.qr(lean.B, mode="r").R
+        R_A = torch.linalg.qr(lean.A.T, mode="r").R
+        return float(torch.linalg.matrix_norm(R_B.double() @ R_A.double().T))
 
     def __add__(self, other: LowRank) -> LowRank:
         if not isinstance(other, LowRank):
@@ -64,9 +81,7 @@ class LowRank:
         if self.shape != other.shape:
             raise ValueError(f"cannot add matrices of shape {self.shape} and {other.shape}.")
         dtype = torch.promote_types(self.B.dtype, other.B.dtype)
-        return LowRank(
-            torch.cat([self.B.to(dtype), other.B.to(dtype)], dim=1), torch.cat([self.A.to(dtype), other.A.to(dtype)], dim=0)
-        )
+        return LowRank(torch.cat([self.B.to(dtype), other.B.to(dtype)], dim=1), torch.cat([self.A, other.A]).to(dtype))
 
     def __neg__(self) -> LowRank:
         return LowRank(-self.B, self.A)
@@ -75,7 +90,7 @@ class LowRank:
         return self + (-other)
 
     def __mul__(self, factor: float) -> LowRank:
-        return LowRank(self.B * factor, self.A)
+        return LowRank(_compute(self.B) * factor, self.A)
 
     __rmul__ = __mul__
 
@@ -85,10 +100,11 @@ class LowRank:
         By a thin QR of both factors and an SVD of the ``r x r`` core. Each left vector's largest entry is positive, so
         that a run is the same on every machine that has the same LAPACK.
         """
+        dtype = _factors(self.leading(0))[0].dtype
         if self.rank > min(self.shape):
-            return _signed(*torch.linalg.svd(self.dense(), full_matrices=False))
+            return _signed(*_svd64(self.dense(), dtype))
         core, Q_B, Q_A = _core(self)
-        U, S, Vh = torch.linalg.svd(core, full_matrices=False)
+        U, S, Vh = _svd64(core, dtype)
         return _signed(Q_B @ U, S, Vh @ Q_A.T)
 
     def balanced(self) -> LowRank:
@@ -96,7 +112,8 @@ class LowRank:
 
         Columns come in the order of the singular values, so that ``leading(r)`` of it is ``truncate(r)``.
         """
-        return _balance(*self.svd())
+        lean = _lean(self)
+        return _balance(*lean.svd(), scale=_scale(lean))
 
     def leading(self, r: int) -> LowRank:
         """The first ``r`` columns of B and rows of A."""
@@ -109,40 +126,105 @@ class LowRank:
         return self.balanced().leading(r)
 
 
+def _factors(matrix: LowRank) -> tuple[Tensor, Tensor]:
+    """B and A in the one dtype that they are computed in."""
+    B, A = _compute(matrix.B), _compute(matrix.A)
+    dtype = torch.promote_types(B.dtype, A.dtype)
+    return B.to(dtype), A.to(dtype)
+
+
+def _svd64(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD, computed in float64: a float32 one turns neighbouring vectors into each other by ``eps / gap``."""
+    U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return U.to(dtype), S.to(dtype), Vh.to(dtype)
+
+
 def _core(matrix: LowRank) -> tuple[Tensor, Tensor, Tensor]:
-    """``B A = Q_B core Q_A^T`` with orthonormal ``Q_B (d_out, .)`` and ``Q_A (d_in, .)``."""
-    Q_B, R_B = torch.linalg.qr(_compute(matrix.B))
-    Q_A, R_A = torch.linalg.qr(_compute(matrix.A).T)
-    return R_B @ R_A.T, Q_B, Q_A
+    """``B A = Q_B core Q_A^T`` with orthonormal ``Q_B (d_out, .)`` and ``Q_A (d_in, .)``; the core is float64.
+
+    Where columns repeat, the rows of *both* R are rounding there: their float64 product is rounding squared, far below
+    any signal, while a float32 product would blur it.
+    """
+    B, A = _factors(matrix)
+    Q_B, R_B = torch.linalg.qr(B)
+    Q_A, R_A = torch.linalg.qr(A.T)
+    return R_B.double() @ R_A.double().T, Q_B, Q_A
+
+
+def _lean(matrix: LowRank) -> LowRank:
+    """The same matrix without zero columns, and with the columns merged that share a factor bit for bit.
+
+    A returned update minus what was sent shares rows of A with the state it was cut from; merging them makes such a
+    difference exact, and keeps the QR half as wide.
+    """
+    B, A = _factors(matrix)
+    live = (B != 0).any(dim=0) & (A != 0).any(dim=1)
+    if not bool(live.all()):
+        B, A = B[:, live], A[live]
+    A, columns = _merged(A, B.T)
+    columns, A = _merged(columns, A)
+    return LowRank(columns.T, A)
+
+
+def _merged(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of ``keys (r, n)`` that are equal become one; their rows of ``values (r, m)`` are added."""
+    r, n = keys.shape
+    if r < 2:
+        return keys, values
+    sample = keys[:, :: max(1, n // 32)]  # a few entries sort the rows, all of them decide
+    groups, group = torch.unique(sample, dim=0, return_inverse=True)
+    index = torch.arange(r, device=keys.device)
+    first = torch.full((len(groups),), r, device=keys.device).scatter_reduce_(0, group, index, "amin")
+    leader = first[group]
+    follows = leader != index
+    follows[follows.clone()] = (keys[follows] == keys[leader[follows]]).all(dim=1)
+    if not bool(follows.any()):
+        return keys, values
+    total = values.clone().index_add_(0, leader[follows], values[follows])
+    kept = ~follows & (total != 0).any(dim=1)
+    return keys[kept], total[kept]
+
+
+def _scale(matrix: LowRank) -> float:
+    """``sqrt(sum_j |b_j|^2 |a_j|^2)``: the size of the terms of the sum, however much of it cancels."""
+    terms = matrix.B.norm(dim=0).double() * matrix.A.norm(dim=1).double()
+    return float(terms.norm())
 
 
 def _signed(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if S.numel() == 0:
+    if U.numel() == 0:
         return U, S, Vh
     largest = U.gather(0, U.abs().argmax(dim=0, keepdim=True))  # (1, m)
     sign = torch.where(largest < 0, -1.0, 1.0).to(U.dtype)
     return U * sign, S, Vh * sign.T
 
 
-def _balance(U: Tensor, S: Tensor, Vh: Tensor) -> LowRank:
-    null = S[0] * 4 * torch.finfo(S.dtype).eps if S.numel() else 0.0  # rounding of the QR and SVD, not signal
-    m = int((S > null).sum())
+def _balance(U: Tensor, S: Tensor, Vh: Tensor, scale: float) -> LowRank:
+    """``(U sqrt(S)) (sqrt(S) Vh)`` without the directions that are rounding.
+
+    All that is dropped has together a norm of at most 4 eps times ``scale``, the size of the terms that were added up:
+    5e-7 of an update in float32. Rounding measures 1 to 3 eps there. Kept, it would be directions with two tiny
+    factors, which hardly train; a bound per direction would add up to more than 1e-6 over hundreds of them.
+    """
+    rest = S.double().square().flip(0).cumsum(0).sqrt().flip(0)  # (m,): the norm of what lies from column j on
+    m = int((rest > 4 * torch.finfo(S.dtype).eps * scale).sum())
     root = S[:m].sqrt()
     return LowRank(U[:, :m] * root, root[:, None] * Vh[:m])
 
 
 def cheapest(W: LowRank | Tensor) -> LowRank | Tensor:
-    """``W`` in the storage that takes fewer numbers: past rank ``d_out d_in / (d_out + d_in)`` that is the dense matrix."""
+    """``W`` in the storage that takes fewer numbers: past rank ``d_out d_in / (d_out + d_in)`` the dense matrix."""
     if isinstance(W, LowRank) and W.rank * sum(W.shape) > W.shape[0] * W.shape[1]:
         return W.dense()
     return W
 
 
 def plus(W: LowRank | Tensor, update: LowRank) -> LowRank | Tensor:
-    """``W + update``, exact; dense stays dense."""
+    """``W + update``, exact; dense stays dense, in float32 or better."""
     if isinstance(W, LowRank):
         return W + update
-    return torch.addmm(W, update.B.to(W.dtype), update.A.to(W.dtype))
+    W, lean = _compute(W), _lean(update)
+    return torch.addmm(W, lean.B.to(W.dtype), lean.A.to(W.dtype))
 
 
 def as_lowrank(W: LowRank | Tensor) -> LowRank:
@@ -155,31 +237,154 @@ def as_lowrank(W: LowRank | Tensor) -> LowRank:
 
 
 def settle(W: LowRank | Tensor, r: int, start: LowRank | None = None) -> tuple[LowRank | Tensor, LowRank]:
-    """``W`` in its cheapest storage, balanced if that is a product, and its best approximation of rank ``r``.
+    """``W`` in its cheapest storage, and its best approximation of rank ``r``, balanced.
+
+    Where ``W`` stays a product, that approximation is its first ``r`` columns and rows, and the columns of B are
+    orthogonal, so that ``tail`` can read the norm of the rest off them.
 
     Args:
-        start: the approximation of the round before, a warm start where ``W`` is dense.
+        start: the approximation of the round before: a warm start where ``W`` is dense. It cannot change the answer.
     """
-    W = cheapest(W)
     if isinstance(W, LowRank):
+        W = cheapest(_lean(W))
+    if isinstance(W, LowRank):
+        if W.rank > max(SMALL, 4 * (r + GUARD)):
+            return _parted(W, r)
         W = W.balanced()
         return W, W.leading(r)
-    return W, _balance(*_signed(*torch.linalg.svd(_compute(W), full_matrices=False))).leading(r)
+    return W, _balance(*_leading_svd(_compute(W), r, start), scale=_frobenius(W))
+
+
+def _parted(W: LowRank, r: int) -> tuple[LowRank, LowRank]:
+    """``W = W^(r) + N (N^T W)``, ``N`` an orthonormal basis of the rest of its columns: no full SVD of a large core."""
+    core, Q_B, Q_A = _core(W)
+    U, S, Vh = _leading_svd(core, r, None)
+    dtype = Q_B.dtype
+    top = _balance(*_signed(Q_B @ U.to(dtype), S.to(dtype), Vh.to(dtype) @ Q_A.T), scale=_scale(W))
+    if top.rank < r:
+        W = W.balanced()
+        return W, W.leading(r)
+    N = torch.linalg.qr(U, mode="complete").Q[:, r:]  # (rank, rank - r)
+    B = torch.cat([top.B, Q_B @ N.to(dtype)], dim=1)
+    A = torch.cat([top.A, (N.T @ core).to(dtype) @ Q_A.T])
+    return LowRank(B, A), top
+
+
+def _leading_svd(W: Tensor, r: int, start: LowRank | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The first ``r`` singular triplets of a dense ``W (d, k)``: ``U (d, r), S (r,), Vh (r, k)``, in its dtype.
+
+    Block Golub-Kahan-Lanczos, warm-started, in the dtype of ``W``, then in float64; an answer counts once its residuals
+    in float64 bound the error of each approximation it serves by ``TOLERANCE``. A spectrum too flat for that, or a
+    cluster at the cut, gets the full SVD.
+    """
+    r = min(r, *W.shape)
+    block = r + GUARD
+    if min(W.shape) <= max(SMALL, 4 * block):
+        U, S, Vh = _svd64(W, W.dtype)
+        return _signed(U[:, :r], S[:r], Vh[:r])
+    V = _warm(W, block, start)
+    for W_ in [W] if W.dtype == torch.float64 else [W, W.double()]:
+        V = _krylov(W_, V.to(W_.dtype), r)
+        U, S, V, error = _ritz(W, V, r)
+        if error <= TOLERANCE:
+            break
+    else:
+        U, S, V, _ = _ritz(W, torch.linalg.svd(W, full_matrices=False).Vh[:block].T, r)
+    return _signed(U[:, :r].to(W.dtype), S[:r].to(W.dtype), V[:, :r].T.to(W.dtype))
+
+
+def _warm(W: Tensor, block: int, start: LowRank | None) -> Tensor:
+    """``(k, block)``: the right vectors of ``start``, then seeded noise, without which a new direction could hide."""
+    known = W.new_zeros(0, W.shape[1]) if start is None else start.A[: block - GUARD].to(W)
+    noise = torch.randn(block - len(known), W.shape[1], generator=torch.Generator().manual_seed(0)).to(W)
+    return torch.cat([torch.nn.functional.normalize(known), torch.nn.functional.normalize(noise)]).T
+
+
+def _krylov(W: Tensor, V: Tensor, r: int, steps: int = 10) -> Tensor:
+    """``(k, block)``: right Ritz vectors of ``W`` in ``span{V, W^T W V, (W^T W)^2 V, ...}``, in the dtype of ``W``.
+
+    Stops where the leading ``r`` are good, where rounding ends their progress, or after ``steps`` blocks.
+    """
+    block, eps = V.shape[1], torch.finfo(W.dtype).eps
+    right = torch.linalg.qr(V).Q  # (k, m), m = step * block
+    left, images = W.new_zeros(W.shape[0], 0), W.new_zeros(W.shape[1], 0)  # U (d, m) and W^T U (k, m)
+    for step in range(1, steps + 1):
+        U = _orthonormal(W @ right[:, -block:], left)
+        Z = W.T @ U
+        left, images = torch.cat([left, U], dim=1), torch.cat([images, Z], dim=1)
+        Y, S, Xh = torch.linalg.svd(images.T @ right)  # U^T W V, (m, m)
+        beyond = Z - right @ (right.T @ Z)
+        residual = (torch.linalg.qr(beyond, mode="r").R @ Y[-block:, :block]).norm(dim=0)
+        done = _error(S[:block], residual, r) <= TOLERANCE / 10 or bool((residual[:r] <= 4 * eps * S[0]).all())
+        if done or step == steps:
+            break
+        right = torch.cat([right, _orthonormal(beyond, right)], dim=1)
+    return right @ Xh[:block].T
+
+
+def _orthonormal(X: Tensor, basis: Tensor) -> Tensor:
+    """An orthonormal basis of ``X`` beyond ``basis``. Twice: columns that vanish the first time leave only rounding."""
+    for _ in range(2):
+        X = torch.linalg.qr(X - basis @ (basis.T @ X)).Q
+    return X
+
+
+def _ritz(W: Tensor, V: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Singular triplets of ``W`` in ``span V (k, block)`` and the error they come with, all of it in float64."""
+    W = W.double()
+    V = torch.linalg.qr(V.double()).Q
+    U = torch.linalg.qr(W @ V).Q
+    Z = W.T @ U  # (k, block)
+    Y, S, _ = torch.linalg.svd(Z.T @ V)
+    residual = ((Z - V @ (V.T @ Z)) @ Y).norm(dim=0)
+    error = _error(S, residual, r)
+    V, S, Yh = torch.linalg.svd(Z, full_matrices=False)  # half a step further, for nothing: W^T (U Y) = V S
+    return U @ Yh.T, S, V, error
+
+
+def _error(S: Tensor, residual: Tensor, r: int) -> float:
+    """The largest ``|| W'^(j) - W^(j) || / || W^(j) ||`` there can be over ``j = 1 ... r``; Ritz values ``S (block,)``.
+
+    Vector ``i`` is off by the angle ``residual_i / (s_i - s_out)`` (Davis and Kahan; Wedin), where ``s_out``, the
+    largest singular value outside the block, is at most the last Ritz value and its residual; that moves ``W^(j)`` by
+    ``sqrt(2) s_i`` times the angle, and a wrong direction costs no more than ``sqrt(2) (s_i + residual_i)``.
+    """
+    S, residual = S.double(), residual.double()
+    gap = S[:r] - (S[-1] + residual[-1])
+    off = torch.where(gap > 0, S[:r] * residual[:r] / gap.clamp(min=torch.finfo(gap.dtype).tiny), torch.inf)
+    off = 2**0.5 * torch.minimum(off, S[:r] + residual[:r])
+    kept = S[:r].square().cumsum(0)
+    return float((off.square().cumsum(0) / kept.clamp(min=torch.finfo(gap.dtype).tiny)).sqrt().max()) if r else 0.0
+
+
+def _frobenius(W: Tensor) -> float:
+    return float(torch.linalg.vector_norm(W, dtype=torch.float64))
 
 
 def tail(W: LowRank | Tensor, top: LowRank, r: int) -> float:
-    """``|| W - W^(r) ||_F`` for a ``W, top`` that ``settle`` returned and any ``r`` up to ``top.rank``."""
-    if isinstance(W, LowRank):  # balanced: the j-th singular value is |b_j| |a_j|
-        return float((W.B[:, r:].double().norm(dim=0) * W.A[r:].double().norm(dim=1)).norm())
-    kept = (top.B[:, :r].double().norm(dim=0) * top.A[:r].double().norm(dim=1)).square().sum()
-    return float((W.double().square().sum() - kept).clamp(min=0).sqrt())
+    """``|| W - W^(r) ||_F`` for a ``W, top`` that ``settle`` returned and any ``r`` up to the one given there."""
+    return tails(W, top, [r])[0]
+
+
+def tails(W: LowRank | Tensor, top: LowRank, ranks: Sequence[int]) -> list[float]:
+    """``|| W - W^(r) ||_F`` for each of ``ranks``, from one pass over ``W``."""
+    if isinstance(W, LowRank):
+        terms = W.B.norm(dim=0).double() * W.A.norm(dim=1).double()  # columns of B are orthogonal: squares add
+        return [float(terms[r:].norm()) for r in ranks]
+    S = top.B.norm(dim=0).double() * top.A.norm(dim=1).double()
+    whole = _frobenius(W) ** 2
+    rest = whole - float(S.square().sum())
+    if rest < 0.01 * whole:  # a difference of nearly equal squares: take the norm of the difference instead
+        rest = _frobenius(_compute(W) - top.dense().to(W.device)) ** 2
+    return [(rest + float(S[r:].square().sum())) ** 0.5 for r in ranks]
 
 
 def fill(W: LowRank, r: int, generator: torch.Generator) -> LowRank:
     """``W`` as factors of rank exactly ``r``: surplus directions get a zero column in B and a fresh row in A.
 
     The product does not change, and the new directions can train: zeros in both factors would have a zero gradient.
-    Row ``j`` is row ``j`` of one seeded matrix, drawn as PEFT draws A, so that clients of different rank get nested rows.
+    Row ``j`` is row ``j`` of one seeded matrix, drawn as PEFT draws A, so that clients of different rank get nested
+    rows.
 
     Raises:
         ValueError: where ``r`` is below the rank of ``W``.
@@ -189,6 +394,5 @@ def fill(W: LowRank, r: int, generator: torch.Generator) -> LowRank:
         raise ValueError(f"a product of rank {W.rank} does not fit into rank {r}: truncate it first.")
     bound = d_in**-0.5  # Kaiming uniform with a = sqrt(5), as torch.nn.Linear and PEFT draw it
     rows = (torch.rand(r, d_in, generator=generator) * 2 - 1) * bound  # filled row by row: the first r' rows are nested
-    A = torch.cat([_compute(W.A), rows[W.rank :].to(W.A)])
-    B = torch.cat([_compute(W.B), torch.zeros(d_out, r - W.rank).to(W.B)], dim=1)
-    return LowRank(B, A)
+    B, A = _factors(W)
+    return LowRank(torch.cat([B, B.new_zeros(d_out, r - W.rank)], dim=1), torch.cat([A, rows[W.rank :].to(A)]))

@@ -1,4 +1,4 @@
-"""Every weighted average we have. A mean of factors and a mean of products are different things: the name says which."""
+"""Every weighted average we have. A mean of factors is not a mean of products: the name says which."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 def mean_products(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     """``sum_i p_i B_i A_i``, exact: the stack ``[p_1 B_1, ..., p_m B_m] [A_1; ...; A_m]`` of rank ``sum_i r_i``."""
     return LowRank(
-        torch.cat([update.B * weight for update, weight in zip(updates, weights, strict=True)], dim=1),
+        torch.cat([(update * weight).B for update, weight in zip(updates, weights, strict=True)], dim=1),
         torch.cat([update.A for update in updates], dim=0),
     )
 
@@ -34,13 +34,19 @@ def mean_factors(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRan
     """
     ranks = sorted({update.rank for update in updates})
     if len(ranks) > 1:
-        raise ValueError(f"factors of ranks {ranks} cannot be averaged entry by entry: pad them, or average the products.")
+        raise ValueError(f"factors of ranks {ranks} cannot be averaged entrywise: pad them, or average the products.")
     return LowRank(mean([u.B for u in updates], weights), mean([u.A for u in updates], weights))
 
 
 def pad(update: LowRank, r: int) -> LowRank:
-    """The same product as factors of rank ``r``, zeros in the new columns of B and rows of A."""
+    """The same product as factors of rank ``r``, zeros in the new columns of B and rows of A.
+
+    Raises:
+        ValueError: where ``r`` is below the rank of ``update``.
+    """
     extra = r - update.rank
+    if extra < 0:
+        raise ValueError(f"a product of rank {update.rank} cannot be padded to rank {r}: truncate it first.")
     return LowRank(
         torch.nn.functional.pad(update.B, (0, extra)),
         torch.nn.functional.pad(update.A, (0, 0, 0, extra)),
