@@ -1,8 +1,9 @@
-# Nothing has to be installed before: every target makes .venv from PYTHON and fills it once, from constraints.txt.
+# Nothing has to be installed before: every target makes .venv from PYTHON and fills it once, from constraints.txt. `pip -qq`
+# still shows errors.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .PHONY: demo test lint clean
 .NOTPARALLEL:
