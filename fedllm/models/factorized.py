@@ -52,7 +52,7 @@ class FactorLinear(nn.Module):
 
 
 class FactorEmbedding(nn.Module):
-    """A table ``(V, d) = U V^T``, laid out as a FactorLinear: first.weight ``V^T (r, d)``, second.weight ``U (V, r)``."""
+    """A table ``(V, d) = U V^T`` in FactorLinear's layout: first.weight ``V^T (r, d)``, second.weight ``U (V,r)``."""
 
     def __init__(self, entries: int, d: int, rank: int):
         super().__init__()

@@ -82,7 +82,7 @@ class Head(nn.Module):
 
 
 class SideExit(nn.Module):
-    """DepthFL's exit after an early stage: biased 3 x 3 convolution, stride 2, to the last stage's width; norm; head."""
+    """DepthFL's exit after an early stage: biased 3 x 3 convolution, stride 2, to the last width; norm; head."""
 
     def __init__(self, c_in: int, c_out: int, classes: int, norm: str):
         super().__init__()
