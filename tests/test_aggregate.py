@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedllm.adapters import CONFIG, WEIGHTS
 from fedllm.aggregate import aggregate, main
 from fedllm.algorithms import ALGORITHMS
+from fedllm.cli import main as cli
 from fedllm.core import FedError
 
 Dense = dict[str, NDArray[np.float64]]
@@ -61,7 +62,7 @@ def folder(
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, base: LlamaForCausalLM) -> dict[str, list[Path]]:
-    """Three clients of mixed rank, three of one rank, and two adapters of the round before: of rank 4, and of rank 9."""
+    """Three clients of mixed rank, three of one rank, and two adapters of the round before: of rank 4 and of rank 9."""
     root = tmp_path_factory.mktemp("clients")
     mixed = [folder(root / f"mixed{i}", base, i, **config) for i, config in enumerate(MIXED)]
     equal = [folder(root / f"equal{i}", base, 10 + i, **config) for i, config in enumerate(EQUAL)]
@@ -368,6 +369,12 @@ def test_commands_that_cannot_work(folders: dict[str, list[Path]], tmp_path: Pat
     for argv, words in cases:
         assert words in refused(capsys, argv), argv
         assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line_passes_it_on(folders: dict[str, list[Path]], tmp_path: Path, capsys: Any) -> None:
+    argv = ["aggregate", "fedlh", *map(str, folders["mixed"]), "--out", str(tmp_path / "out")]
+    assert cli(argv) == 2 and "did you mean fedhl?" in capsys.readouterr().err
+    assert cli(["aggregate", "fedhl", *argv[2:]]) == 0 and (tmp_path / "out" / WEIGHTS).exists()
 
 
 def test_adapters_that_do_not_fit_each_other(
