@@ -1,5 +1,5 @@
-# Nothing has to be installed before: every target makes .venv from PYTHON and fills it once, from constraints.txt. `pip -qq`
-# still shows errors.
+# Nothing has to be installed before: every target makes .venv from PYTHON and fills it once, from constraints.txt.
+# `pip -qq` still shows errors.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

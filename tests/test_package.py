@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Iterable
 from importlib.metadata import packages_distributions
@@ -46,19 +47,35 @@ def scripts() -> list[Path]:
     return [path for path in tracked() if path.suffix == ".py"]
 
 
+def normal(name: str) -> str:
+    """A distribution's name as the index compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared() -> dict[str, str]:
+    """Distribution -> lower bound, of every dependency and extra in pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
+    return {normal(name): bound for name, bound in (line.split(">=") for line in lines)}
+
+
 def module_name(path: Path) -> str:
     """`fedllm/algorithms/__init__.py` is `fedllm.algorithms`."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported(source: str, package: str, known: Iterable[str]) -> set[str]:
-    """Every module that a source names in an import, inside functions too.
+def imported(source: str, package: str, known: Iterable[str], *, on_load: bool = False) -> set[str]:
+    """Every module that a source names in an import; ``on_load``: outside functions only, where loading runs it.
 
     ``from fedllm import core`` names ``fedllm.core`` where that is one of the ``known`` modules, else ``fedllm``.
     """
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    rest: list[ast.AST] = [ast.parse(source)]
+    while rest:
+        node = rest.pop()
+        if not (on_load and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+            rest.extend(ast.iter_child_nodes(node))
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -67,14 +84,16 @@ def imported(source: str, package: str, known: Iterable[str]) -> set[str]:
     return found
 
 
-@pytest.fixture(scope="module")
-def imports() -> dict[str, set[str]]:
+def imports_of_all(*, on_load: bool = False) -> dict[str, set[str]]:
     """Module of this package -> every module it imports."""
     sources = {module_name(path): path for path in scripts() if path.is_relative_to(ROOT / "fedllm")}
-    return {
-        name: imported(path.read_text(), name if path.stem == "__init__" else name.rpartition(".")[0], sources)
-        for name, path in sources.items()
-    }
+    packages = {n: n if path.stem == "__init__" else n.rpartition(".")[0] for n, path in sources.items()}
+    return {n: imported(p.read_text(), packages[n], sources, on_load=on_load) for n, p in sources.items()}
+
+
+@pytest.fixture(scope="module")
+def imports() -> dict[str, set[str]]:
+    return imports_of_all()
 
 
 def importable() -> dict[str, set[str]]:
@@ -106,6 +125,7 @@ def test_imports_are_read_as_python_reads_them():
     source = "import torch.nn\nfrom fedllm import core, __version__\ndef f():\n    from .mean import pad\n"
     found = imported(source, "fedllm", {"fedllm.core", "fedllm.mean"})
     assert found == {"torch.nn", "fedllm.core", "fedllm", "fedllm.mean"}
+    assert found - imported(source, "fedllm", {"fedllm.core"}, on_load=True) == {"fedllm.mean"}
 
 
 @pytest.mark.parametrize("module", MAY_IMPORT)
@@ -123,9 +143,19 @@ def test_algorithms_import_neither_a_trainer_nor_anything_above_them(imports):
         assert {m.split(".")[0] for m in found}.isdisjoint(NOT_FOR_ALGORITHMS), name
 
 
-def test_imports_go_round_in_no_circle(imports):
-    order = list(graphlib.TopologicalSorter({m: found & imports.keys() for m, found in imports.items()}).static_order())
+def test_imports_go_round_in_no_circle():
+    """Of those that loading runs; a function may look up at call time what stands above it."""
+    graph = imports_of_all(on_load=True)
+    order = list(graphlib.TopologicalSorter({m: found & graph.keys() for m, found in graph.items()}).static_order())
     assert order.index("fedllm.lowrank") < order.index("fedllm.core") < order.index("fedllm.algorithms")
+
+
+def test_what_is_imported_is_declared(imports):
+    """A module that came along with another package would be gone the day that one drops it."""
+    names = {m.split(".")[0] for found in imports.values() for m in found} - set(sys.stdlib_module_names) - {"fedllm"}
+    owners = packages_distributions()
+    assert {"torch", "transformers"} <= names
+    assert {name for name in names if not declared().keys() & set(map(normal, owners.get(name, [name])))} == set()
 
 
 def test_only_the_command_imports_the_program(imports):
@@ -213,10 +243,7 @@ def test_recipes_are_found_from_the_wheel_alone(wheel, tmp_path):
 
 def test_every_dependency_is_pinned_for_integration():
     """A lower bound that is not the pinned version was not tested."""
-    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
-    normal = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins.items()}
-    bounds = re.findall(r'"([\w.-]+)>=([\w.]+)"', (ROOT / "pyproject.toml").read_text())
-    assert len(bounds) > 20
-    for name, bound in bounds:
-        assert (normal[re.sub(r"[-_.]+", "-", name).lower()] + ".").startswith(bound + "."), name
+    lines = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
+    pins = {normal(name): version for name, version in lines}
     assert not any("+" in version for version in pins.values())
+    assert {name: bound for name, bound in declared().items() if not f"{pins[name]}.".startswith(f"{bound}.")} == {}
