@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fedllm.core import FedError, Tensors
 from fedllm.ledger import flatten, unflatten
@@ -39,10 +40,10 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
     try:
-        save_file(flatten(checkpoint.state), scratch / "state.safetensors")
+        save_file(_owned(flatten(checkpoint.state)), scratch / "state.safetensors")
         clients = sorted(checkpoint.memories)
         for number, client in enumerate(clients):
-            save_file(flatten(checkpoint.memories[client]), scratch / f"memory_{number}.safetensors")
+            save_file(_owned(flatten(checkpoint.memories[client])), scratch / f"memory_{number}.safetensors")
         manifest = {
             "round": checkpoint.index,
             "recipe": checkpoint.page,
@@ -87,6 +88,17 @@ def load(folder: Path, page: Mapping[str, Any]) -> Checkpoint | None:
     if damaged:
         raise FedError(f"no checkpoint in {folder} is whole. {'; '.join(damaged)}. Start anew with run.overwrite=true.")
     return None
+
+
+def _owned(flat: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Views become tensors of their own: safetensors refuses two names for one memory."""
+    seen: set[int] = set()
+    owned = {}
+    for name, tensor in flat.items():
+        storage = tensor.untyped_storage().data_ptr()
+        owned[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return owned
 
 
 def _rounds(folder: Path) -> list[Path]:

@@ -24,8 +24,10 @@ def plan(arguments: list[str]) -> int:
 
     from fedllm.plan import show
     from fedllm.recipe import load
+    from fedllm.train import hush
 
-    recipe = load([argument for argument in arguments if argument != "--json"])
+    hush()
+    recipe = load([*(argument for argument in arguments if argument != "--json"), "run.plan=true"])
     planned = recipe.worker.federation(recipe).plan()
     if "--json" in arguments:
         print(json.dumps(planned))

@@ -25,6 +25,10 @@ class FedError(Exception):
     """Something a user can mend. The message says what was given, what was needed and what to do; no traceback is owed."""
 
 
+class Unreachable(FedError):
+    """The Hub cannot be reached, or does not have it: a run must stop, a plan can go on with what is known."""
+
+
 @dataclass(frozen=True)
 class Client:
     """One participant.

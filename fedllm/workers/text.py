@@ -14,7 +14,7 @@ from torch import nn
 
 from fedllm import ledger
 from fedllm.algorithms.fedit import FedIT
-from fedllm.core import Client, FedError, Model, Round, Tensors
+from fedllm.core import Client, FedError, Model, Round, Tensors, Unreachable
 from fedllm.inference import generate, held_out_loss
 from fedllm.models import language
 from fedllm.partition import describe
@@ -45,7 +45,8 @@ class TextFederation:
     """Everything about a run of language-model clients that is known before a weight is loaded.
 
     Args:
-        recipe: the resolved recipe, whose worker is ``SFT``.
+        recipe: the resolved recipe, whose worker is ``SFT``. Where it only asks for a plan and the Hub has what cannot be
+            had from here, the known number of rows stands in for them, each as long as it may be.
 
     Raises:
         FedError: rows that cannot be had, clients without rows, a rank above a weight's size.
@@ -59,12 +60,20 @@ class TextFederation:
         self.shapes = target_shapes(language.skeleton(recipe.model), self.settings.targets)
         self._check_ranks(members)
         data = recipe.data
-        train = self._rows("train", data.train_rows)
-        column = data.partition.column
+        self.guessed = False
+        try:
+            train = self._rows("train", data.train_rows)
+            self.tokenizer = language.tokenizer(recipe.model)
+            encoded = self._encode(train)
+        except Unreachable:
+            if not recipe.run.plan:
+                raise
+            self.guessed = True
+            train = [{}] * min(data.train_rows or data.task.rows["train"], data.task.rows["train"])
+            encoded = [Encoded([0] * self.settings.max_length, [0] * self.settings.max_length)] * len(train)
+        column = None if self.guessed else data.partition.column
         labels = None if column is None else [data.task.label(row, column) for row in train]
         parts = data.partition.split(labels, len(train), members, recipe.run.seed)
-        self.tokenizer = language.tokenizer(recipe.model)
-        encoded = self._encode(train)
         kept = [[i for i in part if encoded[i].trained] for part in parts]
         for member, part in zip(members, kept, strict=True):
             if not part:
@@ -144,7 +153,7 @@ class TextFederation:
             "base_bytes": base,
             "run_bytes": round((totals["bytes_down"] + totals["bytes_up"]) * self.recipe.run.rounds * cohort / len(clients)),
         }
-        return {"clients": clients, "levels": [], "totals": totals}
+        return {"clients": clients, "levels": [], "totals": totals, "guessed": self.guessed}
 
     def encode_test(self) -> list[Encoded]:
         """The held-out rows as tokens, those that truncation empties left out."""
