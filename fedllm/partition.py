@@ -392,9 +392,7 @@ def _take(wanted: int, mix: Shares, left: Counts) -> Counts:
     """``wanted`` rows of the classes by ``mix``, no more of a class than is ``left`` of it; ``wanted <= sum(left)``."""
     taken = np.zeros_like(left)
     while short := wanted - int(taken.sum()):
-        weights = np.where(left > taken, mix, 0.0)
-        if not weights.sum() > 0:
-            weights = (left - taken).astype(np.float64)
+        weights = np.where(left > taken, np.maximum(mix, 1e-12), 0.0)  # a class of share 0 may be all that is left
         taken += np.minimum(left - taken, _cut(short, weights))
     return taken
 
