@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import runpy
 import subprocess
 import sys
 import types
@@ -393,7 +394,7 @@ def test_without_the_hubs_library_local_files_are_the_remedy(monkeypatch):
 def test_the_hubs_library_is_not_imported_for_local_rows(tmp_path):
     path = written(tmp_path / "train.jsonl", ROWS)
     code = f"import sys; from fedllm.tasks import TASKS; TASKS['gsm8k']().load({str(path)!r}, 'train'); "
-    code += "WordproblemsRows = TASKS['word_problems']().load(None, 'test'); sys.exit('datasets' in sys.modules)"
+    code += "TASKS['word_problems']().load(None, 'test'); sys.exit('datasets' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 
@@ -408,32 +409,34 @@ def test_files_are_written_all_or_none(tmp_path):
     assert sorted(entry.name for entry in train.parent.iterdir()) == ["test.jsonl", "train.jsonl"]
 
 
-def fetch(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs data/gsm8k.py as a command, after ``code``."""
-    program = f"import sys, runpy; sys.argv = ['gsm8k.py', '--out', {str(folder)!r}]\n{code}\n"
-    program += f"runpy.run_path({str(ROOT / 'data' / 'gsm8k.py')!r}, run_name='__main__')"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+@pytest.fixture
+def fetch(monkeypatch, capsys):
+    """Runs data/gsm8k.py as the command that it is; gives its exit status and what it printed to stderr."""
+
+    def run(folder: Path) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["gsm8k.py", "--out", str(folder)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "data" / "gsm8k.py"), run_name="__main__")
+        return int(ended.value.code or 0), capsys.readouterr().err
+
+    return run
 
 
-def test_the_fetched_files_load_as_they_came(tmp_path):
+@pytest.mark.parametrize("tests", [1319, 7])
+def test_the_fetched_files_load_as_they_came_or_are_not_written(monkeypatch, fetch, tmp_path, tests):
     row = {"question": "caf\u00e9?", "answer": "#### 1"}
-    code = (
-        "import types; hub = types.ModuleType('datasets')\n"
-        "class Split(list):\n    to_list = list.copy\n"
-        f"hub.load_dataset = lambda *_, **__: {{'train': Split([{row!r}] * 7473), 'test': Split([{row!r}] * TESTS)}}\n"
-        "sys.modules['datasets'] = hub"
-    )
-    short = fetch(code.replace("TESTS", "7"), tmp_path / "short")
-    assert short.returncode == 2 and "7 rows for test.jsonl, and GSM8K has 1319" in short.stderr
-    assert not (tmp_path / "short").exists()
-    done = fetch(code.replace("TESTS", "1319"), tmp_path / "new")
-    assert done.returncode == 0, done.stderr
-    assert GSM8K().load(str(tmp_path / "new"), "train") == [row] * 7473
-    assert GSM8K().load(str(tmp_path / "new"), "test") == [row] * 1319
+    fake_hub(monkeypatch, lambda *_, **__: {"train": Split([row] * 7473), "test": Split([row] * tests)})
+    status, said = fetch(tmp_path / "new")
+    if tests == 1319:
+        assert status == 0 and said == ""
+        assert GSM8K().load(str(tmp_path / "new"), "train") == [row] * 7473
+        assert GSM8K().load(str(tmp_path / "new"), "test") == [row] * 1319
+    else:
+        assert status == 2 and "7 rows for test.jsonl, and GSM8K has 1319" in said
+        assert not (tmp_path / "new").exists()
 
 
-def test_the_command_ends_with_one_line_and_2_without_the_hub(tmp_path):
-    done = fetch("", tmp_path / "out")
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "could not be had from the Hub" in done.stderr
+def test_the_command_ends_with_one_line_and_2_without_the_hub(fetch, tmp_path):
+    status, said = fetch(tmp_path / "out")
+    assert status == 2 and said.count("\n") == 1 and "could not be had from the Hub" in said
     assert not (tmp_path / "out").exists()
