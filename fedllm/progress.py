@@ -216,9 +216,13 @@ def watched(console: Console) -> bool:
 
 def number(value: Any) -> float | None:
     """A finite number, or None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        known = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+    return known if math.isfinite(known) else None
 
 
 def is_fraction(name: str) -> bool:
