@@ -22,11 +22,11 @@ from fedllm.accounting import (
 )
 from fedllm.core import FedError
 from fedllm.lowrank import LowRank
-from fedllm.models.adapters import Spec, adapt, adaptable
 from fedllm.models.build import build, describe
 from fedllm.models.cnn import Adapter, SmallCNN, YiCNN
 from fedllm.models.factorized import factorize, ranks
 from fedllm.models.flanc import FlancResNet
+from fedllm.models.lowrank_conv import Spec, adapt, adaptable
 from fedllm.models.resnet import ExitResNet, ResNet, stage_rounds
 from fedllm.models.transformer import MaskedLM
 

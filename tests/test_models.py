@@ -179,10 +179,10 @@ def test_flanc_bases_fit_every_width_and_start_orthogonal():
     assert {n: b.shape for n, b in narrow.bases().items()} == {n: b.shape for n, b in wide.bases().items()}
     assert len(narrow.bases()) == 8
     assert narrow.stem.conv.out_channels == wide.stem.conv.out_channels == 32
-    assert float(orthogonality(wide)) < 1e-10
+    assert orthogonality(wide).item() < 1e-10
     with torch.no_grad():
         wide.stages[0][0].conv1.basis.mul_(2)  # B B^T = 4 I: mean of (3 I)^2 over 8 x 8 is 9 / 8
-    assert float(orthogonality(wide)) == pytest.approx(9 / 8, rel=1e-4)
+    assert orthogonality(wide).item() == pytest.approx(9 / 8, rel=1e-4)
 
 
 def test_yi_representation():
