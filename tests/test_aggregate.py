@@ -271,17 +271,26 @@ def test_ranks_that_differ_inside_a_folder(rule: str, base: LlamaForCausalLM, tm
         torch.testing.assert_close(given, (first + second) / 2, rtol=1e-4, atol=1e-7)
 
 
-def test_fedhl_takes_from_each_module_what_its_own_rank_was_sent(base: LlamaForCausalLM, tmp_path: Path) -> None:
-    """One client, rank 3 in q and 1 in v: W + M - W^(3) for q, W + M - W^(1) for v."""
-    client = folder(
-        tmp_path / "client", base, 1, r=3, lora_alpha=3, rank_pattern={"v_proj": 1}, alpha_pattern={"v_proj": 1}
-    )
-    before = folder(tmp_path / "before", base, 2, r=6, lora_alpha=6)
-    done = aggregate("fedhl", [client], tmp_path / "out", global_=before)
-    M, W = factors(client), factors(before)
+def test_fedhl_compares_each_module_with_what_its_own_rank_was_sent(base: LlamaForCausalLM, tmp_path: Path) -> None:
+    """Client 1 has rank 3 in q and 1 in v, client 2 has rank 4: W^(r), its error and the increment are by module."""
+    patterns = {"rank_pattern": {"v_proj": 1}, "alpha_pattern": {"v_proj": 1}}
+    paths = [
+        folder(tmp_path / "one", base, 1, r=3, lora_alpha=3, **patterns),
+        folder(tmp_path / "two", base, 2, r=4, lora_alpha=4),
+    ]
+    before = folder(tmp_path / "before", base, 2, r=6, lora_alpha=18)
+    done = aggregate("fedhl", paths, tmp_path / "out", global_=before, options={"temperature": None})
+    W = {name: B @ A for name, (B, A) in factors(before).items()}
+    ranks: list[dict[str, int]] = [{name: 1 if "v_proj" in name else 3 for name in W}, dict.fromkeys(W, 4)]
+    e2 = np.array([sum(np.linalg.norm(W[name] - best(W[name], r[name])) ** 2 for name in W) for r in ranks])
+    p = (1 / (e2 + 1e-6)) / (1 / (e2 + 1e-6)).sum()
+    assert 0.05 < p[0] < 0.45, "the weights must depend on the ranks for this to mean anything"
+    assert list(done.shares.values()) == pytest.approx(p, rel=1e-5)
     for name, update in done.update.items():
-        w = W[name][0] @ W[name][1]
-        wanted = w + M[name][0] @ M[name][1] - best(w, 1 if "v_proj" in name else 3)
+        wanted = W[name].copy()
+        for path, share, r in zip(paths, p, ranks, strict=True):
+            B, A = factors(path)[name]
+            wanted += share * (B @ A - best(W[name], r[name]))
         assert np.linalg.norm(update.dense().double().numpy() - wanted) <= 1e-5 * np.linalg.norm(wanted)
 
 
