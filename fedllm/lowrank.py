@@ -248,11 +248,16 @@ def settle(W: LowRank | Tensor, r: int, start: LowRank | None = None) -> tuple[L
     if isinstance(W, LowRank):
         W = cheapest(_lean(W))
     if isinstance(W, LowRank):
-        if W.rank > max(SMALL, 4 * (r + GUARD)):
+        if not _is_small(W.rank, r):
             return _parted(W, r)
         W = W.balanced()
         return W, W.leading(r)
     return W, _balance(*_leading_svd(_compute(W), r, start), scale=_frobenius(W))
+
+
+def _is_small(n: int, r: int) -> bool:
+    """Whether all ``n`` singular triplets cost no more than the Krylov blocks that would find ``r`` of them."""
+    return n <= max(SMALL, 8 * (r + GUARD))
 
 
 def _parted(W: LowRank, r: int) -> tuple[LowRank, LowRank]:
@@ -279,7 +284,7 @@ def _leading_svd(W: Tensor, r: int, start: LowRank | None) -> tuple[Tensor, Tens
     """
     r = min(r, *W.shape)
     block = r + GUARD
-    if min(W.shape) <= max(SMALL, 4 * block):
+    if _is_small(min(W.shape), r):
         U, S, Vh = _svd64(W, W.dtype)
         return _signed(U[:, :r], S[:r], Vh[:r])
     V = _warm(W, block, start)
@@ -312,6 +317,7 @@ def _krylov(W: Tensor, V: Tensor, r: int, steps: int = 10) -> tuple[Tensor, floa
     block, eps = V.shape[1], torch.finfo(W.dtype).eps
     right = torch.linalg.qr(V).Q  # (k, m), m = step * block
     left, images = W.new_zeros(W.shape[0], 0), W.new_zeros(W.shape[1], 0)  # U (d, m) and W^T U (k, m)
+    steps = min(steps, min(W.shape) // block)
     for step in range(1, steps + 1):
         U = _orthonormal(W @ right[:, -block:], left)
         Z = W.T @ U

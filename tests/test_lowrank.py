@@ -1,0 +1,401 @@
+"""Low-rank algebra: sums, truncation, norms, the truncated solver of dense updates, and FedHL's life on top of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fedllm.lowrank as lowrank
+from fedllm.algorithms import FedHL
+from fedllm.core import Client, Model, Reply, Round
+from fedllm.lowrank import LowRank, as_lowrank, cheapest, fill, plus, settle, tail, tails
+from fedllm.mean import mean_products
+
+quick = settings(max_examples=40, deadline=None)
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12))
+DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+SEEDS = st.integers(0, 2**20)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random(shape: tuple[int, int], r: int, seed: int, dtype: torch.dtype = torch.float32) -> LowRank:
+    generator = seeded(seed)
+    B, A = torch.randn(shape[0], r, generator=generator), torch.randn(r, shape[1], generator=generator)
+    return LowRank(B.to(dtype), A.to(dtype))
+
+
+def wide(M: LowRank | Tensor) -> Tensor:
+    """The matrix in float64, product and all."""
+    return M.B.double() @ M.A.double() if isinstance(M, LowRank) else M.double()
+
+
+def best(M: Tensor, r: int) -> Tensor:
+    """The best approximation of rank r, in float64 by the full SVD."""
+    U, S, Vh = torch.linalg.svd(M.double(), full_matrices=False)
+    return (U[:, :r] * S[:r]) @ Vh[:r]
+
+
+def with_spectrum(S: Tensor, d: int, k: int, seed: int = 0) -> Tensor:
+    """A dense float32 (d, k) with these singular values."""
+    generator = seeded(seed)
+    U = torch.linalg.qr(torch.randn(d, len(S), generator=generator, dtype=torch.float64)).Q
+    V = torch.linalg.qr(torch.randn(k, len(S), generator=generator, dtype=torch.float64)).Q
+    return ((U * S) @ V.T).float()
+
+
+# --- hand numbers -------------------------------------------------------------------------------------------------
+
+
+def test_two_by_two() -> None:
+    """M = [[3, 0], [4, 5]]: M^T M = [[25, 20], [20, 25]] has eigenvalues 45 and 5, so s = sqrt 45, sqrt 5.
+
+    v_1 = (1, 1) / sqrt 2, so the best rank 1 is M v_1 v_1^T = [[1.5, 1.5], [4.5, 4.5]]; what it misses has norm sqrt 5,
+    and all of M has norm sqrt(9 + 16 + 25) = sqrt 50.
+    """
+    M = LowRank(torch.tensor([[3.0, 0.0], [4.0, 5.0]]), torch.eye(2))
+    _, S, _ = M.svd()
+    torch.testing.assert_close(S, torch.tensor([math.sqrt(45), math.sqrt(5)]))
+    torch.testing.assert_close(M.truncate(1).dense(), torch.tensor([[1.5, 1.5], [4.5, 4.5]]))
+    assert M.norm() == pytest.approx(math.sqrt(50))
+    W, top = settle(M, 2)
+    assert tails(W, top, [0, 1, 2]) == pytest.approx([math.sqrt(50), math.sqrt(5), 0.0], abs=1e-6)
+
+
+def test_balanced_split_and_sign() -> None:
+    """M = [[0, -8], [2, 0]]: s = 8, 2; u_1 = e_1 with its largest entry positive, so v_1 = -e_2; u_2 = e_2, v_2 = e_1.
+
+    B = U sqrt S = [[sqrt 8, 0], [0, sqrt 2]], A = sqrt S V^T = [[0, -sqrt 8], [sqrt 2, 0]].
+    """
+    M = as_lowrank(torch.tensor([[0.0, -8.0], [2.0, 0.0]])).balanced()
+    torch.testing.assert_close(M.B, torch.tensor([[8**0.5, 0.0], [0.0, 2**0.5]]))
+    torch.testing.assert_close(M.A, torch.tensor([[0.0, -(8**0.5)], [2**0.5, 0.0]]))
+
+
+def test_storage_switches_where_dense_is_smaller() -> None:
+    """4 x 12 holds 48 numbers and a rank 16 each: rank 3 is as large (kept), rank 4 larger (dense)."""
+    assert isinstance(cheapest(random((4, 12), 3, 0)), LowRank)
+    assert isinstance(cheapest(random((4, 12), 4, 0)), Tensor)
+
+
+# --- laws over shapes, ranks, dtypes ------------------------------------------------------------------------------
+
+
+@quick
+@given(SHAPES, st.integers(0, 15), st.integers(0, 15), DTYPES, SEEDS, st.floats(-3, 3, width=32))
+def test_sums_are_exact(shape, r, other, dtype, seed, factor) -> None:
+    X, Y = random(shape, r, seed, dtype), random(shape, other, seed + 1, dtype)
+    total = X + factor * Y - X * 0.5
+    truth = 0.5 * wide(X) + factor * wide(Y)
+    assert total.rank == 2 * r + other
+    torch.testing.assert_close(wide(total), truth, rtol=0, atol=2e-6 * (1 + wide(X).norm() + 3 * wide(Y).norm()))
+
+
+@quick
+@given(SHAPES, st.integers(0, 15), st.integers(0, 6), DTYPES, SEEDS)
+def test_truncation_is_the_best(shape, r, kept, dtype, seed) -> None:
+    M = random(shape, r, seed, dtype)
+    got, truth = M.truncate(kept), wide(M)
+    S = torch.linalg.svdvals(truth)
+    assert got.rank <= min(kept, r, *shape)
+    assert got.B.dtype == torch.promote_types(dtype, torch.float32)
+    assert float((truth - wide(got)).norm()) == pytest.approx(float(S[kept:].norm()), abs=2e-6 * float(truth.norm()))
+    assert M.norm() == pytest.approx(float(truth.norm()), rel=2e-6)
+
+
+@quick
+@given(SHAPES, st.integers(1, 15), SEEDS)
+def test_svd_and_balance(shape, r, seed) -> None:
+    M = random(shape, r, seed)
+    U, S, Vh = M.svd()
+    m = min(r, *shape)
+    assert (U.shape, S.shape, Vh.shape) == ((shape[0], m), (m,), (m, shape[1]))
+    torch.testing.assert_close(wide(M), wide(LowRank(U * S, Vh)), rtol=0, atol=2e-6 * M.norm())
+    even = M.balanced()
+    rank = even.rank
+    torch.testing.assert_close(even.B.T @ even.B, torch.diag(S[:rank]), rtol=0, atol=2e-6 * float(S[0]))
+    torch.testing.assert_close(even.A @ even.A.T, torch.diag(S[:rank]), rtol=0, atol=2e-6 * float(S[0]))
+    assert bool((U.gather(0, U.abs().argmax(dim=0, keepdim=True)) > 0).all())
+    again = even.truncate(2)
+    torch.testing.assert_close(wide(again), wide(even.leading(2)), rtol=0, atol=4e-6 * M.norm())
+
+
+@quick
+@given(st.integers(1, 6), st.lists(st.floats(0.125, 2, width=32), min_size=2, max_size=5), SEEDS)
+def test_repeated_directions_leave_no_rounding_behind(r, factors, seed) -> None:
+    """The same matrix, written with other factors each time: the sum has rank r, not rank r and noise."""
+    M = random((40, 30), r, seed)
+    turn = torch.linalg.qr(torch.randn(r, r, generator=seeded(seed))).Q
+    same = [LowRank(M.B @ turn * f, turn.T @ M.A) for f in factors]
+    total = mean_products([M, *same], [1.0] * (1 + len(same)))
+    assert total.balanced().rank == r
+    truth = (1 + sum(factors)) * wide(M)
+    torch.testing.assert_close(wide(total.balanced()), truth, rtol=0, atol=2e-6 * float(truth.norm()))
+
+
+@quick
+@given(SHAPES, st.integers(1, 15), st.integers(0, 4), DTYPES, SEEDS)
+def test_what_cancels_is_gone(shape, r, more, dtype, seed) -> None:
+    X, Y = random(shape, r, seed, dtype), random(shape, more, seed + 1, dtype) * 1e-4
+    assert (X - X).norm() == 0.0 and (X - X).balanced().rank == 0
+    left = X + Y - X
+    assert left.norm() == pytest.approx(float(wide(Y).norm()), rel=1e-6)
+    torch.testing.assert_close(wide(left.balanced()), wide(Y), rtol=0, atol=2e-6 * float(wide(Y).norm()))
+
+
+@quick
+@given(SHAPES, st.permutations(range(5)), SEEDS)
+def test_the_order_of_terms_does_not_matter(shape, order, seed) -> None:
+    terms = [random(shape, r, seed + r) for r in (4, 1, 0, 2, 7)]
+    weights = [0.1, 0.2, 0.3, 0.25, 0.15]
+    one = mean_products(terms, weights)
+    other = mean_products([terms[i] for i in order], [weights[i] for i in order])
+    torch.testing.assert_close(wide(one.balanced()), wide(other.balanced()), rtol=0, atol=4e-6 * one.norm())
+    assert one.norm() == pytest.approx(other.norm(), rel=1e-6)
+
+
+@quick
+@given(SHAPES, st.integers(0, 15), st.integers(0, 5), SEEDS, st.booleans())
+def test_settled_updates_know_their_tails(shape, r, served, seed, dense) -> None:
+    M = random(shape, r, seed)
+    W, top = settle(M.dense() if dense else M, served)
+    S = torch.linalg.svdvals(wide(M))
+    size = float(S.norm())
+    torch.testing.assert_close(wide(W), wide(M), rtol=0, atol=2e-6 * size)
+    assert top.rank <= served
+    ranks = list(range(served + 1))
+    assert tails(W, top, ranks) == pytest.approx([float(S[q:].norm()) for q in ranks], abs=2e-6 * size)
+    for q in ranks:
+        assert float((wide(M) - wide(top.leading(q))).norm()) == pytest.approx(float(S[q:].norm()), abs=2e-6 * size)
+
+
+def test_zero_has_no_directions() -> None:
+    for M in (
+        LowRank.zeros(5, 7),
+        LowRank(torch.zeros(5, 3), torch.ones(3, 7)),
+        LowRank(torch.ones(5, 3), torch.zeros(3, 7)),
+    ):
+        assert M.norm() == 0.0 and M.balanced().rank == 0 and M.truncate(2).shape == (5, 7)
+        W, top = settle(M, 4)
+        assert top.rank == 0 and tail(W, top, 4) == 0.0
+    W, top = settle(torch.zeros(600, 610), 4)
+    assert top.rank == 0 and top.shape == (600, 610) and tail(W, top, 4) == 0.0
+
+
+def test_a_faint_direction_is_signal() -> None:
+    """1e-5 of the largest is far above rounding, and 200 such directions are 1.4e-4 of the whole: none may go."""
+    S = torch.cat([torch.ones(1), torch.full((200,), 1e-5)]).double()
+    generator = seeded(3)
+    U = torch.linalg.qr(torch.randn(400, 201, generator=generator, dtype=torch.float64)).Q
+    V = torch.linalg.qr(torch.randn(300, 201, generator=generator, dtype=torch.float64)).Q
+    M = LowRank((U * S).float(), V.T.float())
+    assert M.balanced().rank == 201
+    assert float((wide(M.balanced()) - wide(M)).norm()) < 1e-6 * M.norm()
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_scale_does_not_matter(scale: float) -> None:
+    M = random((20, 30), 4, 0)
+    assert (M * scale).balanced().rank == 4
+    assert (M * scale).norm() == pytest.approx(scale * M.norm(), rel=1e-6)
+    lopsided = LowRank(M.B * scale, M.A / scale)
+    torch.testing.assert_close(wide(lopsided.truncate(2)), best(wide(M), 2), rtol=0, atol=2e-6 * M.norm())
+
+
+def test_float64_keeps_its_digits() -> None:
+    M = LowRank(random((30, 20), 6, 0).B.double(), random((30, 20), 6, 0).A.double())
+    torch.testing.assert_close(M.truncate(3).dense(), best(wide(M), 3), rtol=0, atol=1e-13 * M.norm())
+
+
+@quick
+@given(SHAPES, st.integers(0, 3), st.integers(0, 6), SEEDS)
+def test_fill_changes_nothing_and_leaves_room_to_train(shape, r, more, seed) -> None:
+    M = random(shape, r, seed)
+    full = fill(M, r + more, seeded(seed))
+    assert full.rank == r + more
+    torch.testing.assert_close(full.dense(), M.dense())
+    assert not full.B[:, r:].any() and bool(full.A[r:].any(dim=1).all())
+    torch.testing.assert_close(fill(M, r + more + 2, seeded(seed)).A[: r + more], full.A, rtol=0, atol=0)
+
+
+def test_factors_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(3, 2\)"):
+        LowRank(torch.zeros(3, 2), torch.zeros(4, 5))
+    with pytest.raises(ValueError, match="shape"):
+        LowRank.zeros(3, 4) + LowRank.zeros(4, 3)
+    with pytest.raises(ValueError, match="-1"):
+        LowRank.zeros(3, 4).truncate(-1)
+    with pytest.raises(ValueError, match="truncate"):
+        fill(random((5, 5), 3, 0), 2, seeded(0))
+
+
+# --- the truncated solver -----------------------------------------------------------------------------------------
+
+N = 600
+STEPS = torch.arange(1, N + 1).double()
+SPECTRA = {
+    "1/j": 1 / STEPS,
+    "exponential": torch.logspace(0, -6, N).double(),
+    "flat": 1 - STEPS / (3 * N),
+    "rank below r": torch.cat([torch.linspace(2, 1, 9), torch.zeros(N - 9)]).double(),
+    "rank just above r": torch.cat([torch.linspace(2, 1, 18), torch.zeros(N - 18)]).double(),
+    "one giant": torch.cat([torch.tensor([1e4]), torch.linspace(2, 1, N - 1)]).double(),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_dense_top_is_the_full_svd_s(spectrum: str, device: str) -> None:
+    W = with_spectrum(SPECTRA[spectrum], N, N + 20).to(device)
+    _, top = settle(W, 16)
+    for r in (1, 2, 4, 8, 16):
+        truth = best(W, r)
+        assert float((wide(top.leading(r)) - truth).norm()) < 1e-5 * float(truth.norm()), r
+    S = torch.linalg.svdvals(W.double())
+    expected = [float(S[r:].norm()) for r in (16, 8, 1)]
+    assert tails(W, top, [16, 8, 1]) == pytest.approx(expected, rel=1e-5, abs=1e-6 * float(S.norm()))
+
+
+@pytest.mark.parametrize(
+    "spectrum", [torch.ones(N).double(), torch.cat([torch.ones(40), torch.full((N - 40,), 0.5)]).double()]
+)
+def test_no_gap_at_the_cut(spectrum: Tensor) -> None:
+    """The best approximation is not unique: any of them will do, as long as it misses no more than it must."""
+    W = with_spectrum(spectrum, N, N)
+    _, top = settle(W, 16)
+    missed = float((W.double() - wide(top)).norm())
+    assert missed == pytest.approx(float(spectrum[16:].norm()), rel=1e-6)
+    assert tail(W, top, 16) == pytest.approx(missed, rel=1e-6)
+
+
+def test_a_start_cannot_change_the_answer() -> None:
+    """Also not one that spans the old directions exactly while a larger one, orthogonal to all of them, is new."""
+    old = with_spectrum(SPECTRA["1/j"][:300], N, N)
+    _, top = settle(old, 16)
+    U, _, Vh = torch.linalg.svd(old.double())
+    hidden = (2 * torch.outer(U[:, 400], Vh[400])).float()  # in the null space of the old update, both sides
+    for start in (None, top, random((N, N), 16, 1), LowRank.zeros(N, N)):
+        _, new = settle(old + hidden, 16, start)
+        truth = best(old + hidden, 16)
+        assert float((wide(new) - truth).norm()) < 1e-5 * float(truth.norm())
+
+
+def test_a_wrong_subspace_is_not_certified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A solver that returns what it was given: the residual tells, and the full SVD answers."""
+    W = with_spectrum(SPECTRA["1/j"], N, N)
+    monkeypatch.setattr(lowrank, "_krylov", lambda W, V, r, steps=10: (V, 0.0))
+    _, top = settle(W, 16)
+    truth = best(W, 16)
+    assert float((wide(top) - truth).norm()) < 1e-5 * float(truth.norm())
+
+
+def test_a_large_product_is_not_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past SMALL only the top is diagonalised: W stays exact, its rank does not grow, and its tails are still right."""
+    monkeypatch.setattr(lowrank, "SMALL", 64)
+    monkeypatch.setattr(lowrank, "GUARD", 8)
+    M = random((500, 480), 200, 0)
+    W, top = settle(M, 8)
+    assert isinstance(W, LowRank) and W.rank == 200
+    torch.testing.assert_close(W.leading(8).dense(), top.dense())
+    assert float((wide(W) - wide(M)).norm()) < 2e-6 * M.norm()
+    truth = wide(M)
+    for r in (8, 4, 1):
+        assert float((wide(top.leading(r)) - best(truth, r)).norm()) < 1e-5 * float(best(truth, r).norm())
+        assert tail(W, top, r) == pytest.approx(float((truth - best(truth, r)).norm()), rel=1e-5)
+    after, _ = settle(W + random((500, 480), 20, 1) - top.leading(4), 8)
+    assert isinstance(after, LowRank) and after.rank == 216  # four columns cancelled bit for bit, twenty came
+
+
+def test_plus_keeps_dense_dense() -> None:
+    W, M = torch.randn(30, 20, generator=seeded(0)), random((30, 20), 4, 1, torch.bfloat16)
+    total = plus(W, M + M)
+    assert isinstance(total, Tensor)
+    torch.testing.assert_close(total.double(), W.double() + 2 * wide(M))
+
+
+# --- FedHL over its life ------------------------------------------------------------------------------------------
+
+
+def trained(M: LowRank, step: int, key: int) -> LowRank:
+    """A client's work, as a function of the product alone: ``(I + P) M (I + Q) + N``, and N of the client's rank."""
+    (d, k), generator = M.shape, seeded(1000 * step + key)
+
+    def low(n: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(n, 3, generator=generator) / n**0.5, 0.1 * torch.randn(3, n, generator=generator) / n**0.5
+
+    (P1, P2), (Q1, Q2) = low(d), low(k)
+    decay = 1 / torch.arange(1, M.rank + 1)
+    B, A = M.B.double(), M.A.double()
+    B, A = B + P1.double() @ (P2.double() @ B), A + (A @ Q1.double()) @ Q2.double()
+    new = LowRank(
+        torch.randn(d, M.rank, generator=generator) * decay / d**0.5,
+        torch.randn(M.rank, k, generator=generator) / k**0.5,
+    )
+    return LowRank(B.to(M.B.dtype), A.to(M.A.dtype)) + new
+
+
+def paper_weights(missed: Sequence[float]) -> Tensor:
+    """Theorem 3, eq. 15 and section VI.A: softmax of the normalised ``1 / (e^2 + 1e-6)``."""
+    p = 1 / (torch.tensor(missed, dtype=torch.float64).square() + 1e-6)
+    return torch.softmax(p / p.sum(), dim=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "ranks"),
+    [((420, 400), (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)), ((560, 520), (16, 8, 4, 4, 2, 2, 1, 1, 1, 1))],
+    ids=["the paper's ranks", "a quarter of them"],
+)
+def test_fedhl_s_life_is_the_dense_recursion_s(shape: tuple[int, int], ranks: tuple[int, ...]) -> None:
+    """Twenty rounds from W = 0 through the product stage into the dense stage, against eq. 7 in dense float64."""
+    clients = [Client(f"c{i}", 1, r) for i, r in enumerate(ranks)]
+    rule = FedHL()
+    state = rule.init(Model({"w": torch.empty(*shape, device="meta")}), clients)
+    truth = torch.zeros(shape, dtype=torch.float64)
+    stages = []
+    for index in range(1, 21):
+        rnd = Round(index, seed=0)
+        replies = []
+        for key, client in enumerate(clients):
+            sent = rule.download(state, client, rnd)
+            replies.append(Reply(client, sent, {"w": trained(sent["w"], index, key)}))
+        state = rule.aggregate(state, replies, rnd)
+
+        U, S, Vh = torch.linalg.svd(truth, full_matrices=False)
+        p = paper_weights([float(S[r:].norm()) for r in ranks])
+        step = torch.zeros_like(truth)
+        for key, r in enumerate(ranks):
+            sent64 = LowRank(U[:, :r] * S[:r], Vh[:r])
+            step += p[key] * (wide(trained(sent64, index, key)) - wide(sent64))
+        truth = truth + step
+        stages.append(isinstance(state["W/w"], LowRank))
+    error = float((wide(state["W/w"]) - truth).norm() / truth.norm())
+    assert error < 1e-4
+    assert stages[0] and not stages[-1]
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+def test_fedhl_stays_where_clients_return_what_they_got(rounds: int) -> None:
+    clients = [Client(f"c{i}", 1, r) for i, r in enumerate((8, 4, 2, 1))]
+    rule = FedHL()
+    state = rule.init(Model({"w": torch.empty(120, 100, device="meta")}), clients)
+    for index in range(1, rounds + 1):
+        sent = [rule.download(state, client, Round(index, 0)) for client in clients]
+        replies = [
+            Reply(c, s, {"w": trained(s["w"], index, i)}) for i, (c, s) in enumerate(zip(clients, sent, strict=True))
+        ]
+        state = rule.aggregate(state, replies, Round(index, 0))
+    before = wide(state["W/w"])
+    assert (rounds == 5) == isinstance(state["W/w"], Tensor)
+    for index in range(30, 35):
+        sent = [rule.download(state, client, Round(index, 0)) for client in clients]
+        state = rule.aggregate(state, [Reply(c, s, s) for c, s in zip(clients, sent, strict=True)], Round(index, 0))
+    assert float((wide(state["W/w"]) - before).norm()) < 1e-6 * float(before.norm())
