@@ -132,7 +132,7 @@ def label_ends(axes: Axes, labels: Sequence[tuple[float, str, Any]], height: flo
     spots: list[float] = []
     ordered = sorted(labels, key=lambda label: label[0])
     for value, _, _ in ordered:
-        spot = (value - low) / (high - low)
+        spot = min(1.0, max(0.0, (value - low) / (high - low)))
         spots.append(max(spot, spots[-1] + gap) if spots else spot)
     over = max(0.0, spots[-1] - 1.0) if spots else 0.0
     for place in range(len(spots) - 1, -1, -1):  # too high at the top: let those below make room

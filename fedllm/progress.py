@@ -215,14 +215,14 @@ def watched(console: Console) -> bool:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None for anything else."""
+    """A number that can be told and drawn (finite, below 1e100), or None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         known = float(value)
     except OverflowError:  # an integer of hundreds of digits
         return None
-    return known if math.isfinite(known) else None
+    return known if abs(known) < 1e100 else None
 
 
 def is_fraction(name: str) -> bool:

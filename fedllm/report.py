@@ -154,6 +154,8 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
 
 def who(story: Story) -> list[str]:
     """What every rank did, and behind a fold what every client did."""
+    if not story.members:
+        return []
     partition = story.partition
     dealt = []
     if partition.get("kind"):

@@ -1,0 +1,285 @@
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from fedllm import report
+from fedllm.core import FedError
+from fedllm.plots import draw
+from fedllm.report import print_summary, summary_table, write
+from fedllm.story import records_in
+
+SUMMARY = {
+    "title": "Demo",
+    "rows": [
+        {"name": "base model", "loss": 1.91, "exact_match": 0.0125},
+        {"name": "federated (fedhl)", "loss": 0.52, "exact_match": 0.5875},
+        {"name": "client c0 alone", "loss": 0.95, "exact_match": 0.296875, "steps": 50},
+    ],
+    "notes": ["80 held-out problems."],
+}
+RECIPE = """
+run: {rounds: 2, seed: 0, output: runs/demo, resume: false, command: fedllm train recipe=demo run.rounds=2}
+algorithm: {name: fedhl, epsilon: 1.0e-06}
+model: {name: pico, revision: null}
+"""
+
+
+def a_round(index: int, rounds: int, ranks: dict[str, int]) -> dict[str, Any]:
+    loss = 0.4 + 1.5 * math.exp(-3 * index / rounds)
+    clients = {
+        id: {
+            "rank": rank, "rows": 100 + 7 * place, "steps": 10, "tokens": 3456, "seconds": 3.0,
+            "train_loss": loss + 1 / rank + place / 999, "bytes_down": 1000 * rank, "bytes_up": 900 * rank,
+        }
+        for place, (id, rank) in enumerate(ranks.items())
+    }  # fmt: skip
+    return {
+        "round": index,
+        "train_loss": loss,
+        "weights": {id: rank / sum(ranks.values()) for id, rank in ranks.items()},
+        "truncation_error": {id: index / rank for id, rank in ranks.items()},
+        "bytes_down": 1000 * sum(ranks.values()),
+        "bytes_up": 900 * sum(ranks.values()),
+        "seconds": 42.0,
+        "clients": clients,
+        "eval": {"loss": loss + 0.1, "exact_match": index / (2 * rounds)} if index % 2 == 0 or index == rounds else {},
+        "refused": {"c1": "NaN in q_proj.A"} if index == 1 else {},
+        "telemetry": {"drift": dict.fromkeys(ranks, 0.1 * index), "kept_rank": 8.0 + index},
+    }
+
+
+def make_run(run: Path, rounds: int, clients: int, labels: int = 3) -> Path:
+    """A folder as a run of ``rounds`` rounds with ``clients`` clients of ranks 4, 8, 16 and 32 leaves it."""
+    ranks = {f"c{i}": 4 * 2 ** (i % 4) for i in range(clients)}
+    run.mkdir(parents=True)
+    lines = [json.dumps(a_round(index, rounds, ranks)) for index in range(1, rounds + 1)]
+    (run / "rounds.jsonl").write_text("\n".join(lines) + "\n")
+    (run / "summary.json").write_text(json.dumps(SUMMARY))
+    (run / "recipe.yaml").write_text(RECIPE)
+    split = {
+        id: {"rows": 100 + 7 * i, "rank": rank, "labels": {f"kind {j}": 10 + (i * j) % 30 for j in range(labels)}}
+        for i, (id, rank) in enumerate(ranks.items())
+    }
+    (run / "partition.json").write_text(
+        json.dumps({"clients": split, "dropped_rows": 3, "seed": 7, "kind": "dirichlet"})
+    )
+    return run
+
+
+def words(run: Path) -> str:
+    return report.text(report.read(run), [])
+
+
+def rows_under(text: str, heading: str) -> list[list[str]]:
+    """The body of the first table under a heading."""
+    section = text.split(f"## {heading}\n")[1].split("\n## ")[0]
+    table = re.search(r"(?:^\|.*\n?)+", section, re.M)
+    assert table is not None
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.group().splitlines()[2:]]
+
+
+def everything(run: Path) -> str:
+    return write(run).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("rounds", "clients", "labels"), [(1, 4, 3), (2, 1, 0), (20, 4, 1), (1, 100, 3), (34, 100, 12)]
+)
+def test_every_shape_of_run_gets_a_report_whose_links_resolve_and_small_plots(tmp_path, rounds, clients, labels):
+    run = make_run(tmp_path / "demo", rounds, clients, labels)
+    text = everything(run)
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert {f"plots/{name}.png" for name in ("learning", "clients", "data", "ranks", "traffic", "telemetry")} <= set(
+        links
+    )
+    for link in links:
+        assert (run / link).is_file(), link
+    for plot in (run / "plots").iterdir():
+        assert plot.read_bytes().startswith(b"\x89PNG")
+        assert 5_000 < plot.stat().st_size < 150_000, plot
+
+
+def test_the_report_says_what_happened(tmp_path):
+    text = words(make_run(tmp_path / "demo", 2, 4))
+    assert text.startswith(
+        "# Demo\n\n2 rounds · 4 clients of ranks 4 to 32 · `fedhl` · `pico` · in 1:24 · 120 kB down · 108 kB up"
+    )
+    assert "Federated against the base model: loss -1.390, exact match +57.5 points." in text
+    assert "- 80 held-out problems." in text
+    assert "Data split: dirichlet, seed 7, 3 rows dropped." in text
+    assert rows_under(text, "Rounds") == [
+        ["1", "0.735", "–", "–", "4", "60.0 kB", "54.0 kB", "42 s"],
+        ["2", "0.475", "0.575", "50.0%", "4", "60.0 kB", "54.0 kB", "42 s"],
+    ]
+    assert rows_under(text, "Who trained what")[1] == [
+        "c1", "8", "107", "2", "20", "6,912", "13.3%", "0.601", "16.0 kB", "14.4 kB",
+    ]  # fmt: skip
+    assert rows_under(text, "Refused updates") == [["1", "c1", "NaN in q\\_proj.A".replace("\\_", "_")]]
+    assert ["algorithm", "name `fedhl` · epsilon `1e-06`"] in rows_under(text, "Settings")
+    assert "```sh\nfedllm train recipe=demo run.rounds=2\n```" in text
+
+
+def test_a_long_run_of_many_clients_is_condensed(tmp_path):
+    text = words(make_run(tmp_path / "demo", 40, 100))
+    told = [int(row[0]) for row in rows_under(text, "Rounds")]
+    assert len(told) <= 14 and told == sorted(set(told)) and told[0] == 1 and told[-1] == 40
+    assert f"{40 - len(told)} more rounds are in" in text
+    ranks = rows_under(text, "Who trained what")
+    assert [row[0] for row in ranks] == [f"25 of rank {rank}" for rank in (4, 8, 16, 32)]
+    assert ranks[0][3] == "10,000"  # steps: 25 clients, 40 rounds, 10 each
+    assert len(re.findall(r"^\| c\d+ \| \d+ \|", text, re.M)) == 100
+    assert text.index("| c2 |") < text.index("| c10 |")
+
+
+def test_a_run_cut_off_in_the_middle_of_a_line_is_told_up_to_there(tmp_path):
+    run = make_run(tmp_path / "demo", 3, 4)
+    whole = (run / "rounds.jsonl").read_text()
+    (run / "rounds.jsonl").write_text(whole[:-60])
+    text = words(run)
+    assert [row[0] for row in rows_under(text, "Rounds")] == ["1", "2"]
+    assert "1 line of rounds.jsonl could not be read." in text
+
+
+def test_rounds_run_again_after_a_resume_count_once_the_last_record_wins(tmp_path):
+    path = tmp_path / "rounds.jsonl"
+    path.write_text(
+        '{"round": 2, "train_loss": 9}\n{"round": 1}\n\n{"round": 2, "train_loss": 3}\n[1]\n{"round": Infinity}\n'
+    )
+    records, unreadable = records_in(path)
+    assert records == [{"round": 1}, {"round": 2, "train_loss": 3}]
+    assert unreadable == 2
+
+
+def test_one_bare_record_is_enough(tmp_path):
+    (tmp_path / "rounds.jsonl").write_text('{"round": 1}')
+    text = everything(tmp_path)
+    assert text.startswith(f"# {tmp_path.name}\n\n1 round · 0 clients\n\n## Rounds")
+    assert list((tmp_path / "plots").iterdir()) == []
+
+
+def test_a_plot_whose_numbers_are_gone_is_removed_and_the_rest_is_the_same_bytes(tmp_path):
+    run = make_run(tmp_path / "demo", 2, 4)
+    text = everything(run)
+    plots = {plot.name: plot.read_bytes() for plot in (run / "plots").iterdir()}
+    assert everything(run) == text
+    assert {plot.name: plot.read_bytes() for plot in (run / "plots").iterdir()} == plots
+    (run / "partition.json").unlink()
+    bare = [json.dumps({"round": 1, "train_loss": 1.0})]
+    (run / "rounds.jsonl").write_text("\n".join(bare))
+    assert "telemetry" not in everything(run)
+    assert [plot.name for plot in (run / "plots").iterdir()] == ["learning.png"]
+
+
+def test_text_from_the_files_stays_text(tmp_path):
+    run = make_run(tmp_path / "demo", 2, 4)
+    bad = "<script>|$x_{$ ![](http://evil) `]*\nNaN 病院"
+    record = a_round(1, 2, {bad: 4, "ok": 8}) | {"refused": {bad: bad}, "telemetry": {bad: {bad: 1.0}}}
+    (run / "rounds.jsonl").write_text(json.dumps(record))
+    (run / "summary.json").write_text(json.dumps({"title": bad, "rows": [{"name": bad, "loss": 1}], "notes": [bad]}))
+    split = {bad: {"rows": 5, "rank": 4, "labels": {bad: 3, "b": 2}}}
+    (run / "partition.json").write_text(json.dumps({"clients": split, "kind": bad}))
+    (run / "recipe.yaml").write_text(json.dumps({"run": {"command": "a ```` b"}, bad: {bad: bad}}))
+    text = words(run)
+    outside = re.sub(r"`[^`]*`", "", text.split("## Command")[0].replace("\\`", ""))
+    assert not re.search(r"(?<!\\)<script", outside) and not re.search(r"(?<!\\)\[\]\(http", outside)
+    for heading, columns in (("Result", 2), ("Refused updates", 3), ("Who trained what", 10)):
+        section = text.split(f"## {heading}\n")[1]
+        line = next(line for line in section.splitlines() if "script" in line and line.startswith("|"))
+        assert len(re.split(r"(?<!\\)\|", line)) == columns + 2, line
+    assert "`````sh\na ```` b\n`````" in text
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+KEYS = ("train_loss", "weights", "truncation_error", "bytes_down", "seconds", "clients", "eval", "refused", "telemetry")
+RECORDS = st.lists(
+    st.fixed_dictionaries({"round": st.integers(1, 50)}, optional=dict.fromkeys(KEYS, JSON)), min_size=1, max_size=3
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(records=RECORDS, summary=JSON, partition=JSON, recipe=JSON)
+def test_no_file_makes_the_words_crash(tmp_path, records, summary, partition, recipe):
+    (tmp_path / "rounds.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "summary.json").write_text(
+        json.dumps({"rows": [summary, {"name": summary, "loss": summary}], "notes": summary})
+    )
+    (tmp_path / "partition.json").write_text(json.dumps({"clients": partition, "seed": partition, "kind": partition}))
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"run": {"command": recipe}, "algorithm": recipe}))
+    story = report.read(tmp_path)
+    assert report.text(story, []).startswith("# ")
+    print_summary(story.summary, Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e99, -1e99, 1e308, 5e-324, 10**400, None, "1.5", [1], {"x": 1}])
+def test_no_number_makes_the_plots_crash(tmp_path, value):
+    record = a_round(1, 2, {"c0": 4, "c1": 8})
+    for key in ("weights", "truncation_error"):
+        record[key]["c0"] = value
+    record |= {
+        "train_loss": value,
+        "bytes_down": value,
+        "eval": {"loss": value, "exact_match": value},
+        "telemetry": {"x": value},
+    }
+    record["clients"]["c0"]["train_loss"] = value
+    record["clients"]["c1"] = value
+    (tmp_path / "rounds.jsonl").write_text("\n".join(map(json.dumps, [record, a_round(2, 2, {"c0": 4, "c2": 8})])))
+    (tmp_path / "summary.json").write_text(
+        json.dumps({"rows": [{"name": "base model", "loss": value, "exact_match": value}]})
+    )
+    assert "learning" in draw(report.read(tmp_path), tmp_path / "plots")
+
+
+def test_drawing_leaves_matplotlib_as_it_was_and_makes_no_pyplot(tmp_path):
+    before = dict(matplotlib.rcParams)
+    run = make_run(tmp_path / "demo", 1, 4)
+    write(run)
+    assert dict(matplotlib.rcParams) == before
+    program = "import sys; from pathlib import Path; from fedllm.report import write; write(Path(sys.argv[1]));"
+    program += "sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program, str(run)], timeout=120).returncode == 0
+
+
+def test_a_folder_without_rounds_is_refused_with_the_remedy(tmp_path):
+    with pytest.raises(FedError, match=r"no rounds\.jsonl.*run\.output"):
+        write(tmp_path)
+    (tmp_path / "rounds.jsonl").write_text('{"round": ')
+    with pytest.raises(FedError, match="no finished round"):
+        write(tmp_path)
+    assert not (tmp_path / "report.md").exists() and not (tmp_path / "plots").exists()
+
+
+def test_the_summary_puts_the_best_in_bold_where_better_has_a_meaning():
+    assert summary_table(SUMMARY).splitlines() == [
+        "|  | loss | exact match | steps |",
+        "| --- | ---: | ---: | ---: |",
+        "| base model | 1.910 | 1.2% | – |",
+        "| federated (fedhl) | **0.520** | **58.8%** | – |",
+        "| client c0 alone | 0.950 | 29.7% | 50 |",
+    ]
+    assert summary_table({}) == ""
+
+
+def test_the_summary_on_a_terminal_has_every_number_and_note():
+    console = Console(file=io.StringIO(), width=100, record=True)
+    print_summary(SUMMARY, console)
+    shown = console.export_text()
+    for words in ("Demo", "base model", "0.520", "58.8%", "29.7%", "50", "80 held-out problems."):
+        assert words in shown
+    print_summary({"rows": [{"name": "[red]x[/]", "loss": 1}]}, console)
+    assert "[red]x[/]" in console.export_text()
