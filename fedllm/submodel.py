@@ -213,12 +213,13 @@ def rows(part: Weights, where: Index, names: Iterable[str], keep: Tensor) -> tup
 
 
 def _grid(axes: tuple[Tensor | None, ...], part: Tensor) -> tuple:
-    """An open mesh that picks ``part``'s scalars out of the whole weight."""
-    if all(kept_entries is None for kept_entries in axes):
+    """An open mesh that picks ``part``'s scalars out of the whole weight; trailing whole axes are copied as blocks."""
+    cut = [axis for axis, chosen in enumerate(axes) if chosen is not None]
+    if not cut:
         return (...,)
-    mesh = []
-    for axis, size in enumerate(part.shape):
+    n, mesh = cut[-1] + 1, []
+    for axis, size in enumerate(part.shape[:n]):
         chosen = axes[axis]
         line = torch.arange(size) if chosen is None else chosen
-        mesh.append(line.to(part.device).reshape([-1 if a == axis else 1 for a in range(part.ndim)]))
+        mesh.append(line.to(part.device).reshape([-1 if a == axis else 1 for a in range(n)]))
     return tuple(mesh)
