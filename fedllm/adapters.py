@@ -199,7 +199,7 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise FedError(f"{path} is not valid JSON: {str(error)[:200]}.") from error
+        raise FedError(f"{path} is not valid JSON: {_line(error)}.") from error
     if not isinstance(config, dict):
         raise FedError(f"{path} must hold a JSON object, and holds a {type(config).__name__}.")
     if config.get("peft_type") != "LORA":
@@ -238,6 +238,11 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def _line(error: BaseException) -> str:
+    """A library's message in one line; it may quote the file."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())[:200]
+
+
 def _rank(path: Path, key: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 20:
         raise FedError(f"{path}: a rank in {key} must be a whole number from 1 to {1 << 20}, got {_short(value)}.")
@@ -264,7 +269,9 @@ def _table(
         try:
             compiled[re.compile(rf"(.*\.)?({pattern})$")] = check(path, key, value)
         except (re.error, RecursionError, OverflowError) as error:
-            raise FedError(f"{path}: {key} has {_short(pattern)}, which is no regular expression: {error}.") from error
+            raise FedError(
+                f"{path}: {key} has {_short(pattern)}, which is no regular expression: {_line(error)}."
+            ) from error
     return compiled
 
 
@@ -290,7 +297,7 @@ def _updates(path: Path, config: Mapping[str, Any]) -> dict[str, LowRank]:
             scales = _scales(path, shapes, config)
             return {module: _product(path, tensors, module, scale) for module, scale in scales.items()}
     except SafetensorError as error:
-        raise FedError(f"{path} is not a whole safetensors file: {str(error)[:200]}.") from error
+        raise FedError(f"{path} is not a whole safetensors file: {_line(error)}.") from error
 
 
 def _shapes(path: Path, tensors: Any) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -341,7 +348,7 @@ def _product(path: Path, tensors: Any, module: str, scale: float) -> LowRank:
         tensor = tensors.get_tensor(key)
         if not bool(torch.isfinite(tensor).all()):
             raise FedError(f"{path}: {key} holds NaN or infinite values: the training diverged, leave it out.")
-        factors[factor] = tensor.to(torch.float32, copy=True)  # the file is mapped: keep nothing of it
+        factors[factor] = tensor.to(torch.float32, copy=True)  # some versions map the file: keep nothing of it
     B = factors["B"].mul_(scale)
     if not bool(torch.isfinite(B).all()):
         raise FedError(f"{path}: {module}'s lora_B overflows float32 when it is multiplied by its scale {scale:g}.")
