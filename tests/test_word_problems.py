@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,12 +15,14 @@ import pytest
 
 from fedllm.tasks.word_problems import DIFFICULTIES, TEMPLATES, Template, generate, split
 
-SCRIPT = Path(__file__).parents[1] / "data" / "word_problems.py"
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "data" / "word_problems.py"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=env)
 
 
 def value(expression: str) -> Fraction:

@@ -4,8 +4,8 @@ A row is `question`, `answer` (worked steps with GSM8K's calculator notes `<<3*4
 and `difficulty`. The last two are labels: a partition by either gives clients with different data.
 
 A template is data: wordings, a pool of values for each placeholder, and steps such as `[left = total-sold]`, which
-becomes `48-20 = <<48-20=28>>28`. It states no constraints: a draw that names one person twice, divides with a remainder or
-reaches a number below two (one would need the singular) is simply not used.
+becomes `48-20 = <<48-20=28>>28`. It states no constraints: a draw that names one person twice, divides with a remainder
+or reaches a number below two (one would need the singular) is simply not used.
 """
 
 from __future__ import annotations
@@ -341,8 +341,8 @@ TEMPLATES = (
                 "How many {box} does {name} fill?"
             ),
             (
-                "A kitchen makes {a} batches of {b} {item}. {name} sells {c} and puts the others into {box}, {d} in each. "
-                "How many {box} are needed?"
+                "A kitchen makes {a} batches of {b} {item}. {name} sells {c} and puts the rest into {box}, "
+                "{d} in each. How many {box} are needed?"
             ),
         ),
         {"name": PEOPLE, "item": TREATS, "box": BOXES, "a": SMALL, "b": range(4, 13), "c": LARGE, "d": range(2, 7)},
@@ -360,8 +360,8 @@ TEMPLATES = (
                 "How many dollars does {name} earn?"
             ),
             (
-                "A garden pays ${b} an hour, a shop ${d} an hour. {name} spends {a} hours in the garden and {c} in the shop. "
-                "How many dollars is that?"
+                "A garden pays ${b} an hour, a shop ${d} an hour. {name} spends {a} hours in the garden "
+                "and {c} in the shop. How many dollars is that?"
             ),
         ),
         {"name": PEOPLE, "a": SMALL, "b": range(5, 13), "c": SMALL, "d": range(5, 13)},
@@ -375,12 +375,12 @@ TEMPLATES = (
         "runner",
         (
             (
-                "{name} runs {a} kilometers on Monday, {b} more than that on Tuesday, and on Wednesday {c} times as far as "
-                "on Tuesday. How many kilometers does {name} run on Tuesday and Wednesday together?"
+                "{name} runs {a} kilometers on Monday, {b} more than that on Tuesday, and on Wednesday {c} times as "
+                "far as on Tuesday. How many kilometers does {name} run on Tuesday and Wednesday together?"
             ),
             (
-                "In week one {name} cycles {a} kilometers. Week two adds {b} to that, and week three is {c} times week two. "
-                "How many kilometers are weeks two and three together?"
+                "In week one {name} cycles {a} kilometers. Week two adds {b} to that, and week three is {c} times "
+                "week two. How many kilometers are weeks two and three together?"
             ),
         ),
         {"name": PEOPLE, "a": range(2, 12), "b": SMALL, "c": range(2, 5)},
@@ -457,12 +457,12 @@ TEMPLATES = (
         "teams",
         (
             (
-                "{name} runs a camp with {a} girls and {b} boys. They form teams of {c}, and every team gets {d} balls. "
+                "{name} runs a camp with {a} girls and {b} boys. They form teams of {c}, and each team gets {d} balls. "
                 "How many balls does the camp need?"
             ),
             (
-                "{name} invites {a} cousins and {b} classmates and seats {c} guests at each table, with {d} lamps per table. "
-                "How many lamps does {name} need?"
+                "{name} invites {a} cousins and {b} classmates and seats {c} guests at each table, with {d} lamps per "
+                "table. How many lamps does {name} need?"
             ),
         ),
         {"name": PEOPLE, "a": LARGE, "b": LARGE, "c": range(3, 8), "d": range(2, 6)},
