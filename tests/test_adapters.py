@@ -123,7 +123,7 @@ def test_what_is_read_is_what_peft_adds(tmp_path: Path, config: dict[str, Any]) 
     assert adapter.targets == (None if "exclude_modules" in config else ("q", "v"))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     patterns=st.lists(
         st.sampled_from(
@@ -337,7 +337,7 @@ def survives(folder: Path) -> None:
     assert sorted(folder.parent.rglob("*")) == around
 
 
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @FUZZ
