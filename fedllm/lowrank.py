@@ -158,12 +158,17 @@ def _lean(matrix: LowRank) -> LowRank:
     difference exact, and keeps the QR half as wide.
     """
     B, A = _factors(matrix)
-    live = (B != 0).any(dim=0) & (A != 0).any(dim=1)
+    live = (_largest(B, 0) != 0) & (_largest(A, 1) != 0)
     if not bool(live.all()):
         B, A = B[:, live], A[live]
     A, columns = _merged(A, B.T)
     columns, A = _merged(columns, A)
     return LowRank(columns.T, A)
+
+
+def _largest(X: Tensor, dim: int) -> Tensor:
+    """The largest absolute value along ``dim``; 0 where that is empty."""
+    return X.abs().amax(dim=dim) if X.numel() else X.new_zeros(X.shape[1 - dim])
 
 
 def _merged(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,7 +186,7 @@ def _merged(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(follows.any()):
         return keys, values
     total = values.clone().index_add_(0, leader[follows], values[follows])
-    kept = ~follows & (total != 0).any(dim=1)
+    kept = ~follows & (_largest(total, 1) != 0)
     return keys[kept], total[kept]
 
 
@@ -222,7 +227,7 @@ def cheapest(W: LowRank | Tensor) -> LowRank | Tensor:
 def plus(W: LowRank | Tensor, update: LowRank) -> LowRank | Tensor:
     """``W + update``, exact; dense stays dense, in float32 or better."""
     if isinstance(W, LowRank):
-        return W + update
+        return W + update if W.rank else update
     W, lean = _compute(W), _lean(update)
     return torch.addmm(W, lean.B.to(W.dtype), lean.A.to(W.dtype))
 

@@ -36,8 +36,8 @@ def test_mean_leaves_its_terms_alone() -> None:
 def test_products_and_factors_differ_by_cross_terms() -> None:
     """M_1 = e_1 e_1^T, M_2 = e_2 e_2^T, p = 1/2 each.
 
-    Products: (M_1 + M_2) / 2 = diag(1/2, 1/2). Factors: B = (1/2, 1/2), A = (1/2, 1/2), so B A = 1/4 everywhere: half of
-    each client's own term is lost to cross terms that nobody trained.
+    Products: (M_1 + M_2) / 2 = diag(1/2, 1/2). Factors: B = (1/2, 1/2), A = (1/2, 1/2), so B A = 1/4 everywhere:
+    half of each client's own term is lost to cross terms that nobody trained.
     """
     updates = [rank_one([1.0, 0.0], [1.0, 0.0]), rank_one([0.0, 1.0], [0.0, 1.0])]
     torch.testing.assert_close(mean_products(updates, [0.5, 0.5]).dense(), torch.tensor([[0.5, 0.0], [0.0, 0.5]]))
