@@ -122,7 +122,7 @@ def _read(path: Path) -> Checkpoint:
 def _differences(now: Any, then: Any, where: str = "") -> Any:
     if isinstance(now, Mapping) and isinstance(then, Mapping):
         for key in dict.fromkeys([*now, *then]):
-            if where == "run" and key in {"rounds", "output", "tracker", "overwrite"}:
+            if where == "run" and key in {"rounds", "output", "tracker", "overwrite", "threads"}:
                 continue  # a finished run may go on for more rounds, elsewhere, watched by someone else
             yield from _differences(now.get(key), then.get(key), f"{where}.{key}" if where else key)
     elif now != then:

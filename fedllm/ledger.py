@@ -29,15 +29,24 @@ def flatten(tensors: Tensors) -> dict[str, Tensor]:
 
 
 def unflatten(flat: dict[str, Tensor]) -> dict[str, Tensor | LowRank]:
-    """What ``flatten`` was given, in the order of its names."""
+    """What ``flatten`` was given, sorted by name, as files have it."""
     tensors: dict[str, Tensor | LowRank] = {}
-    for name, value in flat.items():
+    for name in sorted(flat):
         owner, _, factor = name.rpartition("#")
         if factor == "B":
-            tensors[owner] = LowRank(value, flat[f"{owner}#A"])
-        elif not factor or factor != "A":
-            tensors[name] = value
+            tensors[owner] = LowRank(flat[name], flat[f"{owner}#A"])
+        elif factor != "A" or not owner:
+            tensors[name] = flat[name]
     return tensors
+
+
+def canonical(tensors: Tensors) -> dict[str, Tensor | LowRank]:
+    """The same values in the order and memory layout that a file would give them back in.
+
+    Kernels round by layout, so what is kept in memory must be laid out as what is read from disk or the wire: a resumed
+    run, or one on many processes, is then the same to the bit.
+    """
+    return unflatten(flatten(tensors))
 
 
 def size(tensors: Tensors) -> int:

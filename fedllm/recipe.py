@@ -45,6 +45,7 @@ class Run:
         overwrite: delete an earlier run there first.
         seed: of everything: weights of a random model, partition, cohorts, client training.
         plan: print who would train what, and stop.
+        threads: of each process on the CPU; by default its share of the cores (``accelerate launch`` alone would give 1).
         tracker: where the server logs the federation: ``auto`` takes trackio when it is installed.
     """
 
@@ -54,6 +55,7 @@ class Run:
     overwrite: bool = False
     seed: int = 0
     plan: bool = False
+    threads: int | None = None
     tracker: Literal["auto", "none", "trackio", "tensorboard", "wandb"] = "none"
 
 
@@ -152,7 +154,7 @@ class Recipe:
 
     @property
     def output(self) -> Path:
-        return Path(self.run.output or f"runs/{self.name}")
+        return Path(str(self.run.output))
 
 
 def load(arguments: Sequence[str]) -> Recipe:
@@ -180,6 +182,7 @@ def build(name: str, page: Mapping[str, Any]) -> Recipe:
     sections = ("run", "algorithm", "model", "data", "clients", "worker", "eval")
     _known(page, sections, "")
     run = _typed(Run, page.get("run"), "run")
+    run = dataclasses.replace(run, output=run.output or f"runs/{name}")
     algorithm_name, algorithm = _named(ALGORITHMS, page.get("algorithm"), "algorithm", default="fedhl")
     worker_name, worker = _named(WORKERS, page.get("worker"), "worker", default="sft")
     own = _section(page.get("data"), "data")
@@ -320,7 +323,7 @@ def _page(recipe: Recipe, partition: str) -> dict[str, Any]:
     """Every key with its value, in the order of the sections, as plain YAML values."""
     data = {k: v for k, v in _plain(recipe.data).items() if k not in {"task", "partition"}}
     return {
-        "run": _plain(recipe.run) | {"plan": False, "resume": False, "output": str(recipe.output)},
+        "run": _plain(recipe.run) | {"plan": False, "resume": False},
         "algorithm": {"name": recipe.algorithm_name} | _plain(recipe.algorithm),
         "model": _plain(recipe.model),
         "data": {"name": recipe.data_name}

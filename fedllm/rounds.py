@@ -46,15 +46,15 @@ def federate(
         rnd = Round(index, seed)
         cohort = sample(clients, participation, rnd)
         display.round(index, [(client.id, client.rank, worker.of(client).steps) for client in cohort])
-        jobs = [Job(c, algorithm.download(state, c, rnd), memories.get(c.id, {})) for c in cohort]
+        jobs = [Job(c, ledger.canonical(algorithm.download(state, c, rnd)), memories.get(c.id, {})) for c in cohort]
         finished = list(fleet.run(algorithm, worker, jobs, rnd))
         replies, refused = admit([reply for reply, _ in finished])
         if not replies:
             reasons = "; ".join(f"{id}: {reason}" for id, reason in refused.items())
             raise FedError(f"round {index}: no update of the cohort can be used, so there is nothing to average. {reasons}")
         record = _record(algorithm, state, rnd, replies, refused)
-        state = algorithm.aggregate(state, replies, rnd)
-        memories = {**memories, **{reply.client.id: memory for reply, memory in finished if memory}}
+        state = ledger.canonical(algorithm.aggregate(state, replies, rnd))
+        memories = {**memories, **{reply.client.id: ledger.canonical(memory) for reply, memory in finished if memory}}
         record["seconds"] = time.perf_counter() - started
         yield Outcome(rnd, state, memories, replies, record)
 

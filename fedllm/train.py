@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from typing import Any
 if not __package__:  # launched by path: sys.path starts with this folder, whose modules are not top-level ones
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import torch
 from rich.console import Console
 
 from fedllm import adapters, checkpoint, folder, report
@@ -24,6 +26,7 @@ from fedllm import recipe as recipes
 from fedllm.checkpoint import Checkpoint
 from fedllm.core import FedError, Tensors
 from fedllm.fleets.local import Local
+from fedllm.ledger import canonical
 from fedllm.models.language import settle_network
 from fedllm.plan import show
 from fedllm.progress import Display, Progress
@@ -50,9 +53,15 @@ def hush() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
+def local_processes() -> int:
+    """Processes of this launch on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def train(recipe: recipes.Recipe) -> None:
     """One recipe, from its rows to its report."""
     run, out, algorithm, console = recipe.run, recipe.output, recipe.algorithm, Console()
+    torch.set_num_threads(run.threads or max(1, len(os.sched_getaffinity(0)) // local_processes()))
     if not run.plan:
         folder.check(out, resume=run.resume, overwrite=run.overwrite)
     federation = recipe.worker.federation(recipe)
@@ -62,7 +71,7 @@ def train(recipe: recipes.Recipe) -> None:
     done = checkpoint.load(out / "checkpoint", recipe.page) if run.resume else None
     folder.prepare(out, recipes.dump(recipe), federation.partition, overwrite=run.overwrite and not run.resume)
     if done is None:
-        done = Checkpoint(0, algorithm.init(federation.model, federation.clients), {}, [], recipe.page)
+        done = Checkpoint(0, canonical(algorithm.init(federation.model, federation.clients)), {}, [], recipe.page)
     folder.write_lines(out / "rounds.jsonl", done.records[:-1])
     title = f"{recipe.name}: {recipe.algorithm_name}, {len(federation.clients)} clients, {recipe.model.name}"
     tracking = closing(open_tracker(run.tracker, out, dict(recipe.page)))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fedllm.core import Algorithm, Job, Reply, Round, Tensors, Worker
+from fedllm.ledger import canonical
 from fedllm.progress import Display
 
 
@@ -19,4 +20,4 @@ class Local:
         for job in jobs:
             self.display.client(job.client.id)
             returned, memory, metrics = algorithm.local(worker.of(job.client), job.sent, job.memory, rnd)
-            yield Reply(job.client, job.sent, returned, metrics), memory
+            yield Reply(job.client, job.sent, canonical(returned), metrics), memory

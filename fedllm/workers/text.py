@@ -17,7 +17,7 @@ from fedllm.algorithms.fedit import FedIT
 from fedllm.core import Client, FedError, Model, Round, Tensors, Unreachable
 from fedllm.inference import generate, held_out_loss
 from fedllm.models import language
-from fedllm.partition import describe
+from fedllm.partition import IID, describe
 from fedllm.recipe import Recipe
 from fedllm.rows import Encoded, encode
 from fedllm.workers.sft import SFT, Seat, SFTWorker, target_shapes
@@ -71,9 +71,10 @@ class TextFederation:
             self.guessed = True
             train = [{}] * min(data.train_rows or data.task.rows["train"], data.task.rows["train"])
             encoded = [Encoded([0] * self.settings.max_length, [0] * self.settings.max_length)] * len(train)
-        column = None if self.guessed else data.partition.column
+        partition = IID() if self.guessed and data.partition.column else data.partition  # no rows, no labels
+        column = partition.column
         labels = None if column is None else [data.task.label(row, column) for row in train]
-        parts = data.partition.split(labels, len(train), members, recipe.run.seed)
+        parts = partition.split(labels, len(train), members, recipe.run.seed)
         kept = [[i for i in part if encoded[i].trained] for part in parts]
         for member, part in zip(members, kept, strict=True):
             if not part:
@@ -224,7 +225,7 @@ class TextWorker:
             limit = recipe.eval.max_new_tokens or task.max_new_tokens
             texts = generate(model, self.tokenizer, prompts, max_new_tokens=limit, batch_size=recipe.eval.batch_size)
         scored = [task.score(text, row) for text, row in zip(texts, test, strict=True)]
-        metrics |= {name: sum(score[name] for score in scored) / len(scored) for name in scored[0]}
+        metrics |= task.summary(scored)
         generations = [
             {"prompt": prompt, "generated": text, "target": task.target(row), **score}
             for prompt, text, row, score in zip(prompts, texts, test, scored, strict=True)

@@ -1,0 +1,88 @@
+"""Recipes: every page loads, a typo is answered with the nearest key, and what is written back is the same run."""
+
+import pytest
+
+from fedllm.core import FedError
+from fedllm.recipe import PROFILES, Clients, dump, find, folders, load
+
+PAGES = sorted({page.stem for folder in folders() for page in folder.glob("*.yaml")})
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_page_loads_and_starts_with_its_command(name):
+    recipe = load([f"recipe={name}"])
+    assert recipe.name == name and recipe.run.rounds >= 1
+    first = find(name).read_text().splitlines()[0]
+    assert first == f"# accelerate launch fedllm/train.py recipe={name}"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_what_is_dumped_loads_to_the_same_recipe(name, tmp_path):
+    recipe = load([f"recipe={name}", "run.seed=5"])
+    (tmp_path / f"{name}.yaml").write_text(dump(recipe))
+    again = load([f"recipe={tmp_path / name}.yaml"])
+    assert again == recipe
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("run.ronds=3", r"run\.ronds is not a key.*Did you mean run\.rounds"),
+        ("algoritm.name=fedhl", r"algoritm is not a key.*Did you mean algorithm"),
+        ("algorithm.name=fedlh", r"no algorithm of that name.*Did you mean fedhl"),
+        ("algorithm.epsilom=1", r"algorithm\.epsilom.*Did you mean algorithm\.epsilon"),
+        ("algorithm.epsilon=small", r"algorithm\.epsilon='small'.*float"),
+        ("algorithm.weights=fedav", r"algorithm\.weights='fedav'.*fedavg"),
+        ("run.rounds=many", r"run\.rounds='many'.*int"),
+        ("run.rounds=0", r"at least 1 round"),
+        ("run.rounds=2.5", r"run\.rounds=2\.5"),
+        ("run=3", r"run=3: this is a section"),
+        ("data.name=gsm9k", r"no data of that name.*Did you mean gsm8k"),
+        ("data.partition.name=dirichlets", r"Did you mean dirichlet"),
+        ("data.partition.eta=0.1", r"data\.partition\.eta is not a key"),
+        ("clients.rank=hihg", r"Did you mean high"),
+        ("clients.rank=[4,0]", r"from 1 up"),
+        ("clients.participation=1.5", r"not in \(0, 1\]"),
+        ("clients.count=7", r"cannot share 4 ranks evenly"),
+        ("worker.learning_rat=1", r"Did you mean worker\.learning_rate"),
+        ("worker.batch_size=0", r"batch_size=0: at least 1"),
+        ("model.quantization=3bit", r"model\.quantization='3bit'.*4bit"),
+        ("eval.every=-1", r"eval\.every=-1"),
+        ("nonsense", r"'nonsense' is not understood"),
+        ("recipe=smokey", r"no recipe of that name.*Did you mean smoke"),
+        ("recipe=missing.yaml", r"there is no such file"),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_the_remedy(argument, message):
+    with pytest.raises(FedError, match=message) as caught:
+        load(["recipe=smoke", argument])
+    assert "\n" not in str(caught.value)
+
+
+def test_no_recipe_lists_the_recipes():
+    with pytest.raises(FedError, match="which recipe.*smoke"):
+        load([])
+
+
+def test_a_page_that_is_not_yaml(tmp_path):
+    (tmp_path / "bad.yaml").write_text("run: [1, 2\nalgorithm: {")
+    with pytest.raises(FedError, match="bad.yaml"):
+        load([f"recipe={tmp_path / 'bad.yaml'}"])
+    (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
+    with pytest.raises(FedError, match="sections"):
+        load([f"recipe={tmp_path / 'list.yaml'}"])
+
+
+def test_ranks_of_profiles_lists_and_numbers():
+    assert Clients(rank="high").ranks() == [64, 32, 16, 16, 8, 8, 4, 4, 4, 4]
+    hundred = Clients(rank="moderate", count=100).ranks()
+    assert sum(hundred) / 100 == 16 and hundred[:10] == [32] * 10  # the paper: ten times each, mean rank 16
+    assert all(len(profile) == 10 for profile in PROFILES.values())
+    assert Clients(rank=4, count=3).ranks() == [4, 4, 4]
+    assert Clients(rank=(8, 2), count=4).ranks() == [8, 8, 2, 2]
+
+
+def test_a_corpus_made_to_order_has_as_many_rows_as_asked():
+    recipe = load(["recipe=smoke", "data.train_rows=3000", "data.test_rows=300"])
+    assert len(recipe.data.task.load(None, "train")) == 3000
+    assert len(recipe.data.task.load(None, "test")) == 300
