@@ -313,7 +313,7 @@ def main() -> None:
     out = args.pop("out")
     ask = Setting(**args)
     torch.set_num_threads(ask.threads)
-    torch.linalg.svd(torch.randn(64, 64))  # LAPACK's first call is not a server's
+    torch.linalg.svd(torch.linalg.qr(torch.randn(640, 160)).R)  # LAPACK's first call is slow, for whoever makes it
     ask.rates = rates(ask.size)
     print(
         f"{ask.modules} modules {ask.size} x {ask.size}, ranks {RANKS}, {ask.spectrum} spectrum, {ask.threads} threads,"
