@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Literal
 
 import torch
 
-from fedllm.algorithms.flexlora import FlexLoRA, settled, truncation_errors
-from fedllm.core import Reply, Round, Tensors
+from fedllm.algorithms.flexlora import FlexLoRA, settled
+from fedllm.core import Reply, Round, Tensors, within
 from fedllm.lowrank import plus
 from fedllm.mean import mean_products
 
@@ -41,11 +40,12 @@ class FedHL(FlexLoRA):
     weights: Literal["fedhl", "fedavg", "rank"] = "fedhl"
 
     def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
-        after = {}
-        for (name, W), p in zip(self.served(state).items(), self._per_module(state, replies), strict=True):
-            moved = [reply.returned[name] - reply.sent[name] for reply in replies]
-            after[name] = plus(W, mean_products(moved, p.tolist()))
-        return settled(after, state)
+        after = {"r_max": state["r_max"]}
+        for (name, W), p in zip(self.served(state).items(), self._per_module(state, replies).tolist(), strict=True):
+            returned, sent = [r.returned[name] for r in replies], [r.sent[name] for r in replies]
+            moved = mean_products([*returned, *sent], [*p, *(-weight for weight in p)])
+            after |= settled(name, plus(W, moved), state)
+        return after
 
     def shares(self, state: Tensors, replies: Sequence[Reply]) -> dict[str, float]:
         """By client id; with ``weights_per: module``, the mean over the modules."""
@@ -63,9 +63,10 @@ class FedHL(FlexLoRA):
         return (p / p.sum(dim=-1, keepdim=True)).expand(len(self.served(state)), len(replies))
 
     def _optimal(self, state: Tensors, replies: Sequence[Reply]) -> torch.Tensor:
-        ranks = [[reply.sent[name].rank for reply in replies] for name in self.served(state)]  # what each was sent
-        errors = {r: truncation_errors(state, r) for r in set(chain.from_iterable(ranks))}
-        e = [[errors[r][name] for r in row] for name, row in zip(self.served(state), ranks, strict=True)]
+        e = [
+            [errors[min(reply.sent[name].rank, len(errors) - 1)] for reply in replies]  # of the rank that it was sent
+            for name, errors in within("error", state).items()
+        ]
         e2 = torch.tensor(e, dtype=torch.float64).square()
         if self.weights_per == "model":
             e2 = e2.sum(dim=0, keepdim=True)

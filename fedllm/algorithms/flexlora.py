@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors, names_of, within
-from fedllm.lowrank import LowRank, fill, settle, tail
+from fedllm.lowrank import LowRank, fill, settle, tails
 from fedllm.mean import mean_products
 
 
@@ -19,13 +19,15 @@ class FlexLoRA(Algorithm):
 
     What truncation cut off for a client is missing from what it returns, so ``W`` loses it, round after round.
 
-    State: ``W/name``, the served update; ``top/name``, its best approximation of rank ``r_max``; ``r_max``, the largest
-    rank of all clients.
+    State: ``W/name``, the served update; ``top/name``, its best approximation of rank ``r_max``; ``error/name``,
+    ``|| W - W^(r) ||_F`` for ``r = 0 ... r_max``; and ``r_max`` itself, the largest rank of all clients.
     """
 
     def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
-        served = {name: model.update.get(name, LowRank.zeros(*W.shape)) for name, W in model.weights.items()}
-        return settled(served, {"r_max": torch.tensor(max(client.rank for client in clients))})
+        state: dict[str, Tensor | LowRank] = {"r_max": torch.tensor(max(client.rank for client in clients))}
+        for name, weight in model.weights.items():
+            state |= settled(name, model.update.get(name, LowRank.zeros(*weight.shape)), state)
+        return state
 
     def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
         return {
@@ -36,23 +38,21 @@ class FlexLoRA(Algorithm):
     def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
         p = self.shares(state, replies)
         weights = [p[reply.client.id] for reply in replies]
-        return settled({n: mean_products([r.returned[n] for r in replies], weights) for n in names_of(replies)}, state)
+        after = {"r_max": state["r_max"]}
+        for name in names_of(replies):
+            after |= settled(name, mean_products([reply.returned[name] for reply in replies], weights), state)
+        return after
 
     def served(self, state: Tensors) -> Tensors:
         return within("W", state)
 
     def truncated(self, state: Tensors, client: Client) -> float:
-        return sum(error**2 for error in truncation_errors(state, client.rank).values()) ** 0.5
+        return float(sum(errors[min(client.rank, len(errors) - 1)] ** 2 for errors in within("error", state).values())) ** 0.5
 
 
-def settled(served: Mapping[str, LowRank | Tensor], state: Tensors) -> Tensors:
-    """The state that serves these updates: each in its cheapest storage, with the directions that downloads take."""
-    after: dict[str, LowRank | Tensor] = {"r_max": state["r_max"]}
-    for name, W in served.items():
-        after[f"W/{name}"], after[f"top/{name}"] = settle(W, int(state["r_max"]), state.get(f"top/{name}"))
-    return after
-
-
-def truncation_errors(state: Tensors, r: int) -> dict[str, float]:
-    """``|| W - W^(r) ||_F`` of every weight."""
-    return {name: tail(W, state[f"top/{name}"], r) for name, W in within("W", state).items()}
+def settled(name: str, W: LowRank | Tensor, state: Tensors) -> dict[str, LowRank | Tensor]:
+    """The part of the state that serves this update: ``W`` in its cheapest storage, and what downloads need of it."""
+    r_max = int(state["r_max"])
+    W, top = settle(W, r_max, state.get(f"top/{name}"))
+    errors = torch.tensor(tails(W, top, range(r_max + 1)), dtype=torch.float64)
+    return {f"W/{name}": W, f"top/{name}": top, f"error/{name}": errors}
