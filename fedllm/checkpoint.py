@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def load(folder: Path, page: Mapping[str, Any]) -> Checkpoint | None:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             damaged.append(f"{path.name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
             continue
-        differing = list(_differences(page, checkpoint.page))
+        differing = list(differences(page, checkpoint.page))
         if differing:
             raise FedError(
                 f"{folder} holds a run of another recipe: {'; '.join(differing)}. "
@@ -119,12 +119,15 @@ def _read(path: Path) -> Checkpoint:
     )
 
 
-def _differences(now: Any, then: Any, where: str = "") -> Any:
+def differences(now: Any, then: Any, where: str = "") -> Iterator[str]:
+    """Where two pages ask for another training, in words."""
     if isinstance(now, Mapping) and isinstance(then, Mapping):
         for key in dict.fromkeys([*now, *then]):
             if where == "run" and key in {"rounds", "output", "tracker", "overwrite", "threads"}:
                 continue  # a finished run may go on for more rounds, elsewhere, watched by someone else
-            yield from _differences(now.get(key), then.get(key), f"{where}.{key}" if where else key)
+            if not where and key == "hub":
+                continue  # what becomes of the model afterwards
+            yield from differences(now.get(key), then.get(key), f"{where}.{key}" if where else key)
     elif now != then:
         yield f"{where} is {now!r} now and was {then!r}"
 

@@ -121,7 +121,7 @@ class Evaluation:
         base: score the untouched model too, before round 1.
         generate: generate answers and score them; the held-out loss alone otherwise.
         clients: score each client's own model of the last round too.
-        alone: also train this client by itself, for as many steps as it trained in the federation.
+        alone: also train this client by itself, for as many steps as it trained in the federation; or several, or ``all``.
         batch_size: rows generated at once.
         max_new_tokens: cut an answer off here; the task's own limit by default.
     """
@@ -130,9 +130,42 @@ class Evaluation:
     base: bool = True
     generate: bool = True
     clients: bool = False
-    alone: int | None = None
+    alone: int | tuple[int, ...] | Literal["all"] | None = None
     batch_size: int = 32
     max_new_tokens: int | None = None
+
+    def alone_of(self, count: int) -> list[int]:
+        """The places, among ``count`` clients, of those that also train by themselves."""
+        if self.alone is None:
+            return []
+        if self.alone == "all":
+            return list(range(count))
+        return [self.alone] if isinstance(self.alone, int) else list(self.alone)
+
+
+@dataclass(frozen=True)
+class Hub:
+    """What a finished run gives to the Hugging Face Hub. The token is never a key: ``hf auth login`` or ``HF_TOKEN``.
+
+    Args:
+        push: upload the adapter with its model card when the run is done.
+        repo: ``owner/name``; made where it does not exist.
+        private: make it so, and refuse one that is public.
+        dry_run: list what would be uploaded, and upload nothing.
+        merged: upload the merged model too; the adapter then lies in ``adapter/``.
+        clients: keep and upload each client's own adapter of the last round too.
+        dtype: of the merged model; ``auto`` is the base model's.
+        license: of what is uploaded; the base model's by default, where it is known.
+    """
+
+    push: bool = False
+    repo: str | None = None
+    private: bool = True
+    dry_run: bool = False
+    merged: bool = False
+    clients: bool = False
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    license: str | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +183,7 @@ class Recipe:
     worker: Any
     worker_name: str
     eval: Evaluation = field(default_factory=Evaluation)
+    hub: Hub = field(default_factory=Hub)
     page: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -179,7 +213,7 @@ def load(arguments: Sequence[str]) -> Recipe:
 
 def build(name: str, page: Mapping[str, Any]) -> Recipe:
     """The recipe that a resolved page of plain values describes."""
-    sections = ("run", "algorithm", "model", "data", "clients", "worker", "eval")
+    sections = ("run", "algorithm", "model", "data", "clients", "worker", "eval", "hub")
     _known(page, sections, "")
     run = _typed(Run, page.get("run"), "run")
     run = dataclasses.replace(run, output=run.output or f"runs/{name}")
@@ -205,6 +239,7 @@ def build(name: str, page: Mapping[str, Any]) -> Recipe:
         worker=worker,
         worker_name=worker_name,
         eval=_typed(Evaluation, page.get("eval"), "eval"),
+        hub=_typed(Hub, page.get("hub"), "hub"),
     )
     _in_range(recipe)
     return dataclasses.replace(recipe, page=_page(recipe, partition_name))
@@ -312,11 +347,15 @@ def _in_range(recipe: Recipe) -> None:
         (0 < recipe.clients.participation <= 1, f"clients.participation={recipe.clients.participation} is not in (0, 1]."),
         (recipe.eval.every >= 0, f"eval.every={recipe.eval.every}: 0 (the last round only) or a number of rounds."),
         (recipe.eval.batch_size >= 1, f"eval.batch_size={recipe.eval.batch_size}: at least 1."),
+        (not recipe.hub.push or recipe.hub.repo, "hub.push=true needs hub.repo=OWNER/NAME: where to upload to."),
     ]
+    count = len(recipe.clients.ranks())
+    alone = recipe.eval.alone_of(count)
+    inside = all(0 <= place < count for place in alone)
+    checks.append((inside, f"eval.alone={recipe.eval.alone}: the clients are 0 to {count - 1}."))
     for holds, message in checks:
         if not holds:
             raise FedError(message)
-    recipe.clients.ranks()
 
 
 def _page(recipe: Recipe, partition: str) -> dict[str, Any]:
@@ -333,6 +372,7 @@ def _page(recipe: Recipe, partition: str) -> dict[str, Any]:
         "clients": _plain(recipe.clients),
         "worker": {"name": recipe.worker_name} | _plain(recipe.worker),
         "eval": _plain(recipe.eval),
+        "hub": _plain(recipe.hub),
     }
 
 
