@@ -53,11 +53,20 @@ def report(arguments: list[str]) -> int:
     return 0
 
 
+def methods(arguments: list[str]) -> int:
+    """fedllm methods: every rule with its paper, file and recipes, as Markdown"""
+    from fedllm.methods import table
+
+    print(table())
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "plan": plan,
     "aggregate": aggregate,
     "report": report,
+    "methods": methods,
 }
 
 

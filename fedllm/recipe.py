@@ -204,7 +204,12 @@ def load(arguments: Sequence[str]) -> Recipe:
         if not OmegaConf.is_dict(page):
             raise FedError(f"{path}: a recipe is a YAML page of sections (run, algorithm, model, ...).")
         # names are checked one by one below: a typo is answered with the nearest key, not merged in silently
-        page = OmegaConf.merge(page, OmegaConf.from_dotlist(overrides))
+        asked = OmegaConf.from_dotlist(overrides)
+        for where in ("algorithm", "worker", "data.partition"):
+            name, before = OmegaConf.select(asked, f"{where}.name"), OmegaConf.select(page, f"{where}.name")
+            if name and before and name != before:  # the page's constants belong to the name they were written for
+                OmegaConf.update(page, where, {}, merge=False)
+        page = OmegaConf.merge(page, asked)
         resolved = OmegaConf.to_container(page, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise FedError(f"recipe {name}: {str(error).splitlines()[0]}") from error
@@ -282,6 +287,24 @@ def _arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
         pages = sorted({page.stem for folder in folders() for page in folder.glob("*.yaml")})
         raise FedError(f"which recipe? Give recipe=NAME, one of: {', '.join(pages)}.")
     return name, overrides
+
+
+def _leave_behind(page: Any, given: Any) -> None:
+    """Where an override names another rule, task or worker, the page's keys that only its own one had are dropped."""
+    common = [f.name for f in dataclasses.fields(Data)]
+    named: list[tuple[str, Mapping[str, type], list[str]]] = [
+        ("algorithm", ALGORITHMS, []),
+        ("worker", WORKERS, []),
+        ("data", TASKS, common),
+        ("data.partition", PARTITIONS, []),
+    ]
+    for where, table, also in named:
+        section, name = OmegaConf.select(page, where), OmegaConf.select(given, f"{where}.name")
+        if not OmegaConf.is_dict(section) or name not in table or name == section.get("name"):
+            continue
+        kept = {"name", *also, *(f.name for f in dataclasses.fields(table[name]))}
+        for key in [key for key in section if key not in kept]:
+            del section[key]
 
 
 def _section(value: Any, where: str) -> dict[str, Any]:

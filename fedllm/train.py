@@ -117,8 +117,8 @@ def train(recipe: recipes.Recipe) -> None:
             for reply in replies:
                 scores = _score(out, worker, display, f"client_{reply.client.id}", algorithm.personal(reply))
                 rows.append({"name": f"client {reply.client.id}, its own model", **scores})
-        if recipe.eval.alone is not None:
-            rows.append(_alone(recipe, federation, worker, display, recipe.eval.alone))
+        for place in recipe.eval.alone_of(len(federation.clients)):
+            rows.append(_alone(recipe, federation, worker, display, place))
         adapters.write(
             out / "adapter",
             algorithm.served(state),
@@ -126,7 +126,10 @@ def train(recipe: recipes.Recipe) -> None:
             targets=recipe.worker.targets,
             overwrite=True,
         )
-    summary = {"title": title, "rows": rows, "notes": federation.notes}
+    notes = federation.notes
+    if recipe.eval.alone is not None:
+        notes = [*notes, "A client alone trains for as many steps on its own rows as it does in the federation."]
+    summary = {"title": title, "rows": rows, "notes": notes}
     folder.write(out / "summary.json", json.dumps(summary, indent=1))
     written = report.write(out)
     report.print_summary(summary, console)
@@ -165,7 +168,7 @@ def _alone(recipe: recipes.Recipe, federation: Any, worker: Any, display: Displa
     ):  # fmt: skip
         state = outcome.state
     scores = _score(recipe.output, worker, display, f"alone_{client.id}", algorithm.served(state))
-    return {"name": f"client {client.id} alone, as many steps", **scores}
+    return {"name": f"client {client.id} alone", **scores}
 
 
 if __name__ == "__main__":

@@ -86,3 +86,12 @@ def test_a_corpus_made_to_order_has_as_many_rows_as_asked():
     recipe = load(["recipe=smoke", "data.train_rows=3000", "data.test_rows=300"])
     assert len(recipe.data.task.load(None, "train")) == 3000
     assert len(recipe.data.task.load(None, "test")) == 300
+
+
+def test_another_rule_leaves_the_page_s_keys_of_its_own_behind():
+    recipe = load(["recipe=fedhl_gsm8k", "algorithm.name=flora", "data.name=word_problems", "data.partition.name=by_rank"])
+    assert recipe.algorithm_name == "flora" and recipe.data_name == "word_problems"
+    kept = load(["recipe=fedhl_gsm8k", "algorithm.name=fedhl", "algorithm.temperature=2"]).algorithm
+    assert (kept.epsilon, kept.temperature) == (1e-6, 2.0)
+    with pytest.raises(FedError, match="algorithm.epsilon is not a key"):
+        load(["recipe=fedhl_gsm8k", "algorithm.name=flora", "algorithm.epsilon=1"])

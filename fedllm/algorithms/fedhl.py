@@ -1,4 +1,4 @@
-"""FedHL (Federated learning for heterogeneous low-rank adaptation): the full-rank W is the baseline of every update."""
+"""FedHL (Peng et al., 2025): the full-rank W is the baseline of every update."""
 
 from __future__ import annotations
 

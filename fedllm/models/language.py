@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import socket
+import sys
 import urllib.parse
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,7 +151,10 @@ def load(model: LanguageModel, device: torch.device, seed: int) -> nn.Module:
         FedError: where it cannot be fetched, or quantization is asked for and bitsandbytes is missing.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     dtype = _dtype(model, device)
     if model.name == "pico":
         with torch.random.fork_rng(devices=[]):

@@ -1,0 +1,54 @@
+"""The README says what the code says: its table of methods, and a rule that works as written."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedllm.algorithms import ALGORITHMS
+from fedllm.core import Client, Model, Reply, Round
+from fedllm.lowrank import LowRank
+from fedllm.methods import table
+from fedllm.recipe import find
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def between(mark: str) -> str:
+    found = re.search(rf"<!-- {mark}[^>]*-->\n(.*?)<!-- /{mark} -->", README, re.DOTALL)
+    assert found, mark
+    return found[1]
+
+
+def test_the_table_of_methods_is_the_code_s():
+    assert between("methods").strip() == table(), "run `fedllm methods` and put its output between the marks"
+    assert [re.match(r"\| `(\w+)`", line)[1] for line in between("methods").splitlines()[2:]] == list(ALGORITHMS)
+
+
+def test_files_pictures_and_recipes_that_it_names_exist():
+    for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / path).is_file(), path
+    for name in re.findall(r"recipe=(\w+)", README):
+        if name != "NAME":
+            find(name)
+
+
+def test_the_example_rule_works_as_written():
+    """Norms 1, 1 and 100 with median 1 and equal rows: (1 + 1 + 1) / 3 = 1 where FlexLoRA serves (1 + 1 + 100) / 3 = 34."""
+    code = re.search(r"```python\n(.*?)```", between("example"), re.DOTALL)[1]
+    assert len(code.splitlines()) <= 40
+    module: dict = {"__name__": "clipped"}
+    exec(compile(code, "README.md", "exec"), module)
+    served = {}
+    for rule in (module["ClippedFlexLoRA"](), ALGORITHMS["flexlora"]()):
+        clients = [Client(f"c{i}", 10, 1) for i in range(3)]
+        state = rule.init(Model({"w": torch.empty(2, 2, device="meta")}), clients)
+        replies = [
+            Reply(client, rule.download(state, client, Round(1, 0)), {"w": LowRank(torch.tensor([[size], [0.0]]), torch.tensor([[1.0, 0.0]]))})
+            for client, size in zip(clients, (1.0, 1.0, 100.0), strict=True)
+        ]  # fmt: skip
+        served[type(rule).__name__] = rule.served(rule.aggregate(state, replies, Round(1, 0)))["w"].dense()[0, 0].item()
+    assert served["ClippedFlexLoRA"] == pytest.approx(1.0)
+    assert served["FlexLoRA"] == pytest.approx(34.0)
