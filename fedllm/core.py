@@ -8,17 +8,20 @@ across machines calls the same two functions.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from fedllm.lowrank import LowRank
 
-Tensors = Mapping[str, Tensor | LowRank]
-"""What travels, what the server keeps and what a client remembers; the names are the model's own parameter names."""
+Tensors = Mapping[str, Any]
+"""What travels, what the server keeps and what a client remembers: a ``Tensor`` or a ``LowRank`` for each name.
+
+The names are the model's own parameter names, or groups of them (``under``); each hook knows which of the two it put there.
+"""
 
 
 class FedError(Exception):
@@ -39,6 +42,7 @@ class Client:
         rank: LoRA rank ``r_i`` its hardware can train.
         width: share of each layer's channels it holds, in (0, 1] (sub-model algorithms).
         depth: number of blocks it holds, ``None`` for all of them (sub-model algorithms).
+        level: name of its capacity, ``b1`` (the weakest) to ``b4``; rules on whole networks have a constant for each.
     """
 
     id: str
@@ -46,18 +50,25 @@ class Client:
     rank: int = 0
     width: float = 1.0
     depth: int | None = None
+    level: str = ""
 
 
 @dataclass(frozen=True)
 class Round:
-    """Round ``index`` (the first is 1) of a run with ``seed``."""
+    """Round ``index`` (the first is 1) of a run with ``seed``; ``attempt`` counts from 0 where it had to be repeated.
+
+    ``rounds`` is how many the run has, 0 where nobody knows.
+    """
 
     index: int
     seed: int
+    attempt: int = 0
+    rounds: int = 0
 
     def rng(self, *key: object) -> torch.Generator:
         """A CPU generator of its own for every key: nobody's draws depend on who drew before."""
-        text = repr((self.seed, self.index, *key)).encode()
+        again = ("attempt", self.attempt) if self.attempt else ()
+        text = repr((self.seed, self.index, *again, *key)).encode()
         digest = hashlib.blake2b(text, digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
@@ -73,6 +84,14 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class Failed:
+    """A client that was sent something and did not come back with an update, and why."""
+
+    client: Client
+    reason: str
+
+
+@dataclass(frozen=True)
 class Model:
     """What the server knows of the model.
 
@@ -80,10 +99,16 @@ class Model:
         weights: the weights an algorithm may touch, by name. A frozen language model's are meta tensors: the server
             needs their shapes ``(d_out, d_in)`` and never their values.
         update: what has been learned so far on top of them, by the same names; empty at the start of a run.
+        anatomy: where a network may be cut or factorised (``fedllm.submodel.Anatomy``); none of a frozen language model.
+        make: describes the network on the meta device, as ``make(width=0.5)`` at another size; None likewise.
+        draw: values for such a description, from the run's seed: ``draw(make(width=0.5))``.
     """
 
     weights: Mapping[str, Tensor]
     update: Tensors = field(default_factory=dict)
+    anatomy: Any = None
+    make: Callable[..., Any] | None = None
+    draw: Callable[[Any], dict[str, Tensor]] | None = None
 
 
 class Worker(Protocol):
@@ -96,7 +121,14 @@ class Worker(Protocol):
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A paper: four hooks, and three questions the report asks. The fields of a subclass are the paper's constants."""
+    """A paper: four hooks, and three questions the report asks. The fields of a subclass are the paper's constants.
+
+    Attributes:
+        network: which variant of a network this rule trains whole (``plain``, or one of its paper's own); empty where it
+            learns low-rank updates of a frozen model.
+    """
+
+    network: ClassVar[str] = ""
 
     def validate(self, clients: Sequence[Client]) -> None:
         """Raises FedError where these clients cannot take part in this algorithm; called before anything is loaded."""
@@ -130,6 +162,10 @@ class Algorithm:
         total = sum(reply.client.num_samples for reply in replies)
         return {reply.client.id: reply.client.num_samples / total for reply in replies}
 
+    def phases(self, rounds: int) -> tuple[int, ...]:
+        """Lengths of the stretches of a run in which clients of a level are sent networks of one shape."""
+        return (rounds,)
+
     def truncated(self, state: Tensors, client: Client) -> float:
         """``|| W_t - W_t^(r_i) ||_F`` over the whole model: how much of the served update this client cannot hold."""
         return 0.0
@@ -147,8 +183,10 @@ class Job:
 class Fleet(Protocol):
     """Where the clients of a round run."""
 
-    def run(self, algorithm: Algorithm, worker: Worker, jobs: Sequence[Job], rnd: Round) -> Iterator[tuple[Reply, Tensors]]:
-        """Yields each job's reply and the client's new memory, in the order of ``jobs``."""
+    def run(
+        self, algorithm: Algorithm, worker: Worker, jobs: Sequence[Job], rnd: Round
+    ) -> Iterator[tuple[Reply | Failed, Tensors]]:
+        """Yields each job's reply, or why there is none, and the client's new memory, in the order of ``jobs``."""
         ...
 
 

@@ -11,7 +11,7 @@ import torch
 
 from fedllm import ledger
 from fedllm.admission import admit
-from fedllm.core import Algorithm, Client, FedError, Fleet, Job, Reply, Round, Tensors, Worker
+from fedllm.core import Algorithm, Client, Failed, FedError, Fleet, Job, Reply, Round, Tensors, Worker
 from fedllm.progress import Display
 
 
@@ -43,12 +43,14 @@ def federate(
     """Yields the outcome of rounds ``first`` to ``rounds``. Resuming is calling it with what the last outcome held."""
     for index in range(first, rounds + 1):
         started = time.perf_counter()
-        rnd = Round(index, seed)
+        rnd = Round(index, seed, rounds=rounds)
         cohort = sample(clients, participation, rnd)
         display.round(index, [(client.id, client.rank, worker.of(client).steps) for client in cohort])
         jobs = [Job(c, ledger.canonical(algorithm.download(state, c, rnd)), memories.get(c.id, {})) for c in cohort]
         finished = list(fleet.run(algorithm, worker, jobs, rnd))
-        replies, refused = admit([reply for reply, _ in finished])
+        failed = {done.client.id: done.reason for done, _ in finished if isinstance(done, Failed)}
+        replies, refused = admit([done for done, _ in finished if isinstance(done, Reply)])
+        refused = failed | refused
         if not replies:
             reasons = "; ".join(f"{id}: {reason}" for id, reason in refused.items())
             raise FedError(f"round {index}: no update of the cohort can be used, so there is nothing to average. {reasons}")
