@@ -3,9 +3,9 @@
     python benchmarks/overhead.py                                            # the pico model
     python benchmarks/overhead.py model=HuggingFaceTB/SmolLM2-135M-Instruct steps=4 rounds=2
 
-Ours and the alternative, one plain ``SFTTrainer.train()`` of as many optimizer steps on the same rows, batch size and rank,
-run in one process, in turn. The overhead of a client-round is the time of one round with one step minus the time of a step
-inside a long ``train()``: everything but the optimizer's work (factors in and out, a fresh optimizer, the trainer's set-up).
+Ours and the alternative, one plain ``SFTTrainer.train()`` of as many optimizer steps on the same rows, batch size and
+rank, run in one process, in turn. The overhead of a client-round is the time of one round with one step minus the time of
+a step inside a long ``train()``: all but the optimizer's work (factors in and out, a fresh optimizer, setting up).
 """
 
 from __future__ import annotations
@@ -33,7 +33,16 @@ from fedllm.tasks.word_problems import generate
 from fedllm.train import hush
 from fedllm.workers.sft import SFT, SFTWorker, target_shapes
 
-DEFAULTS = {"model": "pico", "clients": "4", "rounds": "3", "steps": "100", "batch": "4", "rank": "8", "threads": "1", "out": ""}
+DEFAULTS = {
+    "model": "pico",
+    "clients": "4",
+    "rounds": "3",
+    "steps": "100",
+    "batch": "4",
+    "rank": "8",
+    "threads": "1",
+    "out": "",
+}
 
 
 def main(arguments: list[str]) -> None:
@@ -44,7 +53,9 @@ def main(arguments: list[str]) -> None:
     batch, rank, name = int(given["batch"]), int(given["rank"]), LanguageModel(given["model"], dtype="float32")
     tok = tokenizer(name)
     problems = generate(clients * 50, seed=0, difficulty="easy")
-    rows = encode(tok, [f"Question: {p['question']}\nAnswer:" for p in problems], [f" {p['answer']}" for p in problems], 512)
+    rows = encode(
+        tok, [f"Question: {p['question']}\nAnswer:" for p in problems], [f" {p['answer']}" for p in problems], 512
+    )
     members = [Client(f"c{i}", 50, rank) for i in range(clients)]
     parts = {member.id: rows[i * 50 : (i + 1) * 50] for i, member in enumerate(members)}
     shapes = target_shapes(skeleton(name), ("q_proj", "v_proj"))
@@ -93,7 +104,9 @@ def run(worker: SFTWorker, model: Model, members: list[Client], rounds: int) -> 
         pass
 
 
-def plain_trainer(name: LanguageModel, device: torch.device, tok: object, rows: list, batch: int, rank: int) -> SFTTrainer:
+def plain_trainer(
+    name: LanguageModel, device: torch.device, tok: object, rows: list, batch: int, rank: int
+) -> SFTTrainer:
     """TRL as its documentation has it, on all rows, with the same settings."""
     peft = get_peft_model(
         load(name, device, 0), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"])

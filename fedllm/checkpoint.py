@@ -115,7 +115,11 @@ def _read(path: Path) -> Checkpoint:
             raise ValueError(f"{name} is not what was written")
     state, *memories = (unflatten(load_file(path / name)) for name in files)
     return Checkpoint(
-        int(manifest["round"]), state, dict(zip(clients, memories, strict=True)), manifest["records"], manifest["recipe"]
+        int(manifest["round"]),
+        state,
+        dict(zip(clients, memories, strict=True)),
+        manifest["records"],
+        manifest["recipe"],
     )
 
 

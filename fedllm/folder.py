@@ -21,7 +21,9 @@ def check(out: Path, *, resume: bool, overwrite: bool) -> None:
     if not (out / "recipe.yaml").is_file():
         raise FedError(f"run.output={out} holds files that are not a run's: give an empty or new folder.")
     if not (resume or overwrite):
-        raise FedError(f"run.output={out} holds a run already: run.resume=true continues it, run.overwrite=true starts anew.")
+        raise FedError(
+            f"run.output={out} holds a run already: run.resume=true continues it, run.overwrite=true starts anew."
+        )
 
 
 def prepare(out: Path, recipe: str, partition: Mapping[str, Any], *, overwrite: bool) -> None:

@@ -12,7 +12,7 @@ from fedllm.rows import Encoded
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, rows: Sequence[Encoded], pad: int, batch_size: int) -> float:
+def held_out_loss(model: Any, rows: Sequence[Encoded], pad: int, batch_size: int) -> float:
     """Mean cross-entropy in nats per completion token, over all tokens of all rows."""
     total, count = 0.0, 0
     for batch in _batches(rows, [len(row.input_ids) for row in rows], batch_size):
@@ -27,12 +27,12 @@ def held_out_loss(model: nn.Module, rows: Sequence[Encoded], pad: int, batch_siz
 
 
 @torch.no_grad()
-def generate(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int
-) -> list[str]:
+def generate(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int) -> list[str]:
     """The greedy continuation of every prompt, in the order given, without special tokens."""
     ids = tokenizer(list(prompts))["input_ids"]
-    order = sorted(range(len(prompts)), key=lambda i: len(ids[i]), reverse=True)  # the longest first: memory peaks early
+    order = sorted(
+        range(len(prompts)), key=lambda i: len(ids[i]), reverse=True
+    )  # the longest first: memory peaks early
     answers: dict[int, str] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]

@@ -24,7 +24,8 @@ def table() -> str:
         if sum(other.__module__ == rule.__module__ for other in ALGORITHMS.values()) > 1:  # a family shares the file
             idea = _first_sentence(rule)
         pages = ", ".join(f"`{page}`" for page in recipes.get(name, [])) or "by override"
-        lines.append(f"| `{name}` | {paper} | {idea.rstrip('.').replace('``', '`')} | [{file.split('/')[-1]}]({file}) | {pages} |")
+        does = idea.rstrip(".").replace("``", "`")
+        lines.append(f"| `{name}` | {paper} | {does} | [{file.split('/')[-1]}]({file}) | {pages} |")
     return "\n".join(lines)
 
 

@@ -39,7 +39,9 @@ def show(recipe: Recipe, plan: dict[str, Any], console: Console) -> None:
     if plan.get("guessed"):
         console.print("The Hub cannot be reached: rows are the known number, tokens the most that max_length allows.")
     if totals["dropped_rows"]:
-        console.print(f"{totals['dropped_rows']} rows lose their whole completion to worker.max_length and are left out.")
+        console.print(
+            f"{totals['dropped_rows']} rows lose their whole completion to worker.max_length and are left out."
+        )
     console.print(
         f"steps, tokens and bytes are a round's (round 1; memory is estimated); "
         f"{size(totals['run_bytes'])} over the wire in the whole run, at that rate",

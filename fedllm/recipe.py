@@ -21,7 +21,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from fedllm.algorithms import ALGORITHMS
 from fedllm.core import Algorithm, FedError
 from fedllm.models.language import LanguageModel
-from fedllm.partition import PARTITIONS, IID
+from fedllm.partition import IID, PARTITIONS
 from fedllm.tasks import TASKS
 from fedllm.workers import WORKERS
 
@@ -45,7 +45,7 @@ class Run:
         overwrite: delete an earlier run there first.
         seed: of everything: weights of a random model, partition, cohorts, client training.
         plan: print who would train what, and stop.
-        threads: of each process on the CPU; by default its share of the cores (``accelerate launch`` alone would give 1).
+        threads: of each process on the CPU; by default its share of the cores (``accelerate launch`` gives 1).
         tracker: where the server logs the federation: ``auto`` takes trackio when it is installed.
     """
 
@@ -89,7 +89,9 @@ class Clients:
             raise FedError(f"clients.rank={self.rank}: a rank is a whole number from 1 up.")
         count = self.count or len(ranks)
         if count % len(ranks):
-            raise FedError(f"clients.count={count} clients cannot share {len(ranks)} ranks evenly: give a multiple of it.")
+            raise FedError(
+                f"clients.count={count} clients cannot share {len(ranks)} ranks evenly: give a multiple of it."
+            )
         return [rank for rank in ranks for _ in range(count // len(ranks))]
 
 
@@ -121,7 +123,7 @@ class Evaluation:
         base: score the untouched model too, before round 1.
         generate: generate answers and score them; the held-out loss alone otherwise.
         clients: score each client's own model of the last round too.
-        alone: also train this client by itself, for as many steps as it trained in the federation; or several, or ``all``.
+        alone: also train this client by itself, for as many steps as in the federation; or several, or ``all``.
         batch_size: rows generated at once.
         max_new_tokens: cut an answer off here; the task's own limit by default.
     """
@@ -200,17 +202,14 @@ def load(arguments: Sequence[str]) -> Recipe:
     name, overrides = _arguments(arguments)
     path = find(name)
     try:
-        page = OmegaConf.load(path)
+        page: Any = OmegaConf.load(path)
         if not OmegaConf.is_dict(page):
             raise FedError(f"{path}: a recipe is a YAML page of sections (run, algorithm, model, ...).")
         # names are checked one by one below: a typo is answered with the nearest key, not merged in silently
         asked = OmegaConf.from_dotlist(overrides)
-        for where in ("algorithm", "worker", "data.partition"):
-            name, before = OmegaConf.select(asked, f"{where}.name"), OmegaConf.select(page, f"{where}.name")
-            if name and before and name != before:  # the page's constants belong to the name they were written for
-                OmegaConf.update(page, where, {}, merge=False)
+        _leave_behind(page, asked)
         page = OmegaConf.merge(page, asked)
-        resolved = OmegaConf.to_container(page, resolve=True, throw_on_missing=True)
+        resolved: Any = OmegaConf.to_container(page, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise FedError(f"recipe {name}: {str(error).splitlines()[0]}") from error
     return build(path.stem, resolved)
@@ -251,7 +250,7 @@ def build(name: str, page: Mapping[str, Any]) -> Recipe:
 
 
 def find(name: str) -> Path:
-    """The page of a recipe: a path to a YAML file, or a name in ``recipes/`` of the checkout or the installed package."""
+    """A recipe's page: a path to a YAML file, or a name in ``recipes/`` of the checkout or the installed package."""
     if Path(name).suffix in {".yaml", ".yml"}:
         if not Path(name).is_file():
             raise FedError(f"recipe={name}: there is no such file.")
@@ -289,22 +288,14 @@ def _arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
     return name, overrides
 
 
-def _leave_behind(page: Any, given: Any) -> None:
-    """Where an override names another rule, task or worker, the page's keys that only its own one had are dropped."""
-    common = [f.name for f in dataclasses.fields(Data)]
-    named: list[tuple[str, Mapping[str, type], list[str]]] = [
-        ("algorithm", ALGORITHMS, []),
-        ("worker", WORKERS, []),
-        ("data", TASKS, common),
-        ("data.partition", PARTITIONS, []),
-    ]
-    for where, table, also in named:
-        section, name = OmegaConf.select(page, where), OmegaConf.select(given, f"{where}.name")
-        if not OmegaConf.is_dict(section) or name not in table or name == section.get("name"):
-            continue
-        kept = {"name", *also, *(f.name for f in dataclasses.fields(table[name]))}
-        for key in [key for key in section if key not in kept]:
-            del section[key]
+def _leave_behind(page: Any, asked: Any) -> None:
+    """Where an override names another rule, task or worker, the page's constants stay with the one they are for."""
+    shared = {"data": {f.name for f in dataclasses.fields(Data)}}
+    for where in ("algorithm", "worker", "data", "data.partition"):
+        section, name = OmegaConf.select(page, where), OmegaConf.select(asked, f"{where}.name")
+        if OmegaConf.is_dict(section) and name and name != section.get("name"):
+            for key in [key for key in section if key not in shared.get(where, ())]:
+                del section[key]
 
 
 def _section(value: Any, where: str) -> dict[str, Any]:
@@ -315,7 +306,9 @@ def _section(value: Any, where: str) -> dict[str, Any]:
     return dict(value)
 
 
-def _named(table: Mapping[str, type], value: Any, where: str, default: str | None, also: Iterable[str] = ()) -> tuple[str, Any]:
+def _named(
+    table: Mapping[str, type], value: Any, where: str, default: str | None, also: Iterable[str] = ()
+) -> tuple[str, Any]:
     section = _section(value, where)
     name = section.pop("name", default)
     if name is None:
@@ -352,12 +345,16 @@ def _known(section: Mapping[str, Any], valid: Iterable[str], where: str) -> None
         if key not in valid:
             full = f"{where}.{key}" if where else str(key)
             near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5)
-            hint = f"Did you mean {where + '.' if where else ''}{near[0]}?" if near else f"Valid: {', '.join(sorted(valid))}."
+            hint = (
+                f"Did you mean {where + '.' if where else ''}{near[0]}?"
+                if near
+                else f"Valid: {', '.join(sorted(valid))}."
+            )
             raise FedError(f"{full} is not a key of a recipe. {hint}")
 
 
 def nearest(name: str, names: Iterable[str], what: str) -> str:
-    """"There is no such thing", the nearest name there is, and all of them."""
+    """ "There is no such thing", the nearest name there is, and all of them."""
     names = sorted(names)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]}?" if near else ""
@@ -367,7 +364,10 @@ def nearest(name: str, names: Iterable[str], what: str) -> str:
 def _in_range(recipe: Recipe) -> None:
     checks = [
         (recipe.run.rounds >= 1, f"run.rounds={recipe.run.rounds}: at least 1 round is needed."),
-        (0 < recipe.clients.participation <= 1, f"clients.participation={recipe.clients.participation} is not in (0, 1]."),
+        (
+            0 < recipe.clients.participation <= 1,
+            f"clients.participation={recipe.clients.participation} is not in (0, 1].",
+        ),
         (recipe.eval.every >= 0, f"eval.every={recipe.eval.every}: 0 (the last round only) or a number of rounds."),
         (recipe.eval.batch_size >= 1, f"eval.batch_size={recipe.eval.batch_size}: at least 1."),
         (not recipe.hub.push or recipe.hub.repo, "hub.push=true needs hub.repo=OWNER/NAME: where to upload to."),

@@ -24,7 +24,8 @@ from rich.console import Console
 from fedllm import adapters, checkpoint, folder, report
 from fedllm import recipe as recipes
 from fedllm.checkpoint import Checkpoint
-from fedllm.core import FedError, Tensors
+from fedllm.core import Algorithm, FedError, Reply, Tensors, Worker
+from fedllm.fleets.accelerate import Processes, joined, serve
 from fedllm.fleets.local import Local
 from fedllm.ledger import canonical
 from fedllm.models.language import settle_network
@@ -38,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs it. 0: done; 2: a recipe or data that cannot be run, said in one sentence on stderr."""
     hush()
     try:
-        train(recipes.load(sys.argv[1:] if arguments is None else arguments))
+        with joined() as processes:
+            recipe = recipes.load(sys.argv[1:] if arguments is None else arguments)
+            torch.set_num_threads(recipe.run.threads or max(1, len(os.sched_getaffinity(0)) // processes.local_size))
+            serve(processes, lambda: _hand(recipe)) if processes.rank else train(recipe, processes)
     except FedError as error:
         print(f"fedllm: {error}", file=sys.stderr)
         return 2
@@ -53,15 +57,14 @@ def hush() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
-def local_processes() -> int:
-    """Processes of this launch on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+def _hand(recipe: recipes.Recipe) -> tuple[Algorithm, Worker]:
+    """What a process needs that trains clients and does not lead."""
+    return recipe.algorithm, recipe.worker.federation(recipe).worker(lambda loss: None)
 
 
-def train(recipe: recipes.Recipe) -> None:
+def train(recipe: recipes.Recipe, processes: Processes) -> None:
     """One recipe, from its rows to its report."""
     run, out, algorithm, console = recipe.run, recipe.output, recipe.algorithm, Console()
-    torch.set_num_threads(run.threads or max(1, len(os.sched_getaffinity(0)) // local_processes()))
     if not run.plan:
         folder.check(out, resume=run.resume, overwrite=run.overwrite)
     federation = recipe.worker.federation(recipe)
@@ -76,7 +79,8 @@ def train(recipe: recipes.Recipe) -> None:
     title = f"{recipe.name}: {recipe.algorithm_name}, {len(federation.clients)} clients, {recipe.model.name}"
     tracking = closing(open_tracker(run.tracker, out, dict(recipe.page)))
     with Progress(run.rounds, title, console) as display, tracking as tracker:
-        worker = federation.worker(display.step)
+        processes.tell({"do": "start"})
+        worker, fleet = federation.worker(display.step), processes.fleet(display)
         base = _base(recipe, worker, display)
 
         def close(records: list[dict[str, Any]], state: Tensors) -> None:
@@ -89,14 +93,15 @@ def train(recipe: recipes.Recipe) -> None:
             tracker.log(record)
             display.finish_round(record)
 
-        state, records, replies = done.state, list(done.records), []
+        state, records = done.state, list(done.records)
+        replies: Sequence[Reply] = []
         if records:
             close(records, state)
         for outcome in federate(
             algorithm,
             federation.clients,
             worker,
-            Local(display),
+            fleet,
             display,
             state=state,
             memories=done.memories,

@@ -36,7 +36,7 @@ def test_files_pictures_and_recipes_that_it_names_exist():
 
 
 def test_the_example_rule_works_as_written():
-    """Norms 1, 1 and 100 with median 1 and equal rows: (1 + 1 + 1) / 3 = 1 where FlexLoRA serves (1 + 1 + 100) / 3 = 34."""
+    """Norms 1, 1 and 100, median 1, equal rows: (1 + 1 + 1) / 3 = 1 where FlexLoRA serves (1 + 1 + 100) / 3 = 34."""
     code = re.search(r"```python\n(.*?)```", between("example"), re.DOTALL)[1]
     assert len(code.splitlines()) <= 40
     module: dict = {"__name__": "clipped"}
@@ -45,10 +45,11 @@ def test_the_example_rule_works_as_written():
     for rule in (module["ClippedFlexLoRA"](), ALGORITHMS["flexlora"]()):
         clients = [Client(f"c{i}", 10, 1) for i in range(3)]
         state = rule.init(Model({"w": torch.empty(2, 2, device="meta")}), clients)
+        updates = [LowRank(torch.tensor([[size], [0.0]]), torch.tensor([[1.0, 0.0]])) for size in (1.0, 1.0, 100.0)]
         replies = [
-            Reply(client, rule.download(state, client, Round(1, 0)), {"w": LowRank(torch.tensor([[size], [0.0]]), torch.tensor([[1.0, 0.0]]))})
-            for client, size in zip(clients, (1.0, 1.0, 100.0), strict=True)
-        ]  # fmt: skip
+            Reply(client, rule.download(state, client, Round(1, 0)), {"w": update})
+            for client, update in zip(clients, updates, strict=True)
+        ]
         served[type(rule).__name__] = rule.served(rule.aggregate(state, replies, Round(1, 0)))["w"].dense()[0, 0].item()
     assert served["ClippedFlexLoRA"] == pytest.approx(1.0)
     assert served["FlexLoRA"] == pytest.approx(34.0)

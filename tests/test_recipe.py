@@ -89,7 +89,9 @@ def test_a_corpus_made_to_order_has_as_many_rows_as_asked():
 
 
 def test_another_rule_leaves_the_page_s_keys_of_its_own_behind():
-    recipe = load(["recipe=fedhl_gsm8k", "algorithm.name=flora", "data.name=word_problems", "data.partition.name=by_rank"])
+    recipe = load(
+        ["recipe=fedhl_gsm8k", "algorithm.name=flora", "data.name=word_problems", "data.partition.name=by_rank"]
+    )
     assert recipe.algorithm_name == "flora" and recipe.data_name == "word_problems"
     kept = load(["recipe=fedhl_gsm8k", "algorithm.name=fedhl", "algorithm.temperature=2"]).algorithm
     assert (kept.epsilon, kept.temperature) == (1e-6, 2.0)

@@ -34,7 +34,9 @@ def adapter(worker: SFTWorker, rank: int, seed: int = 0) -> dict[str, LowRank]:
 
 def depth(worker: SFTWorker) -> tuple[int, int]:
     """Hooks on all modules, and how many functions deep the base model's forward is wrapped."""
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in worker.model.modules())
+    hooks = sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in worker.model.modules()
+    )
     forward, layers = worker.model.get_base_model().forward, 0
     while (inner := getattr(forward, "__wrapped__", None)) is not None:
         forward, layers = inner, layers + 1
@@ -91,7 +93,10 @@ def test_train_mutates_nothing_it_was_given():
 def test_alpha_is_folded_out_and_in(rslora):
     """SGD steps depend on the split of the scale; a step of 0 does not: what is sent comes back, for any alpha."""
     worker = make(SFT(steps=1, learning_rate=0.0, alpha=7.0, rslora=rslora))
-    sent = {n: LowRank(torch.randn(64, 3, generator=torch.Generator().manual_seed(1)), u.A) for n, u in adapter(worker, 3).items()}
+    sent = {
+        n: LowRank(torch.randn(64, 3, generator=torch.Generator().manual_seed(1)), u.A)
+        for n, u in adapter(worker, 3).items()
+    }
     back, _, _ = worker.of(Client("c0", 12, 3)).train(sent, {}, Round(1, 0))
     for name in sent:
         torch.testing.assert_close(back[name].dense(), sent[name].dense(), rtol=1e-6, atol=1e-7)
@@ -109,14 +114,22 @@ def test_steps_and_learning_rate_of_a_round():
     settings = SFT(epochs=3, batch_size=4, accumulation=2, learning_rate=1.0)
     assert settings.steps_for(17) == 9  # 17 rows are 5 batches, 3 steps an epoch
     assert SFT(steps=5).steps_for(17) == 5
-    assert [SFT(learning_rate=1.0, schedule="linear").learning_rate_in(t, 4) for t in (1, 2, 3, 4)] == [1.0, 0.75, 0.5, 0.25]
+    assert [SFT(learning_rate=1.0, schedule="linear").learning_rate_in(t, 4) for t in (1, 2, 3, 4)] == [
+        1.0,
+        0.75,
+        0.5,
+        0.25,
+    ]
 
 
 def test_serving_is_base_plus_update_at_any_rank_and_dense():
     """logits(W0 + B A) by adapter = logits of a model whose weights were changed; also for a dense update."""
     worker = make(SFT(steps=1))
     rng = torch.Generator().manual_seed(2)
-    low = {n: LowRank(torch.randn(64, 5, generator=rng) / 8, torch.randn(5, 64, generator=rng) / 8) for n in adapter(worker, 1)}
+    low = {
+        n: LowRank(torch.randn(64, 5, generator=rng) / 8, torch.randn(5, 64, generator=rng) / 8)
+        for n in adapter(worker, 1)
+    }
     plain = load(PICO, CPU, seed=0)
     for name, update in low.items():
         plain.get_submodule(name).weight.data += update.dense()
@@ -135,7 +148,12 @@ def test_frozen_part_is_added_and_not_trained():
     W = {n: LowRank(torch.randn(64, 2, generator=rng), torch.randn(2, 64, generator=rng)) for n in adapter(worker, 1)}
     back, _, on_top = worker.of(Client("c0", 12, 4)).train(adapter(worker, 4), {}, Round(1, 0), frozen=W)
     _, _, without = worker.of(Client("c0", 12, 4)).train(adapter(worker, 4), {}, Round(1, 0))
-    rows = [r for r in encode(tokenizer(PICO), [f"Question: {i} + 1?\nAnswer:" for i in range(12)], [f" {i + 1}" for i in range(12)], 64)]
+    rows = [
+        r
+        for r in encode(
+            tokenizer(PICO), [f"Question: {i} + 1?\nAnswer:" for i in range(12)], [f" {i + 1}" for i in range(12)], 64
+        )
+    ]
     with worker.serving(W) as model:
         assert on_top["train_loss"] == pytest.approx(held_out_loss(model, rows, 0, 12), rel=1e-4)
     assert without["train_loss"] != pytest.approx(on_top["train_loss"], rel=1e-3)
@@ -160,7 +178,15 @@ def test_every_rank_trains_at_its_own_size_and_the_loss_falls():
     for rank in (1, 7, 64):
         sent = adapter(worker, rank)
         with worker.serving(sent) as model:
-            rows = [r for r in encode(tokenizer(PICO), [f"Question: {i} + 1?\nAnswer:" for i in range(12)], [f" {i + 1}" for i in range(12)], 64)]
+            rows = [
+                r
+                for r in encode(
+                    tokenizer(PICO),
+                    [f"Question: {i} + 1?\nAnswer:" for i in range(12)],
+                    [f" {i + 1}" for i in range(12)],
+                    64,
+                )
+            ]
             before = held_out_loss(model, rows, 0, 8)
         back, _, metrics = worker.of(Client("c0", 12, rank)).train(sent, {}, Round(1, 0))
         assert all(update.rank == rank for update in back.values()) and metrics["steps"] == 30

@@ -37,7 +37,8 @@ def straight(tmp_path_factory) -> Path:
     """The smoke recipe, launched by path as the README says, four short rounds."""
     folder = tmp_path_factory.mktemp("straight")
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no",
+        [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1",
+         "--mixed_precision=no",
          "--dynamo_backend=no", str(ROOT / "fedllm/train.py"), "recipe=smoke", "run.rounds=4", "run.output=run", *QUICK,
          "eval.clients=true", "eval.alone=0"],
         cwd=folder, capture_output=True, text=True, timeout=300,
@@ -47,7 +48,14 @@ def straight(tmp_path_factory) -> Path:
 
 
 def test_a_run_writes_what_the_contract_says(straight):
-    for name in ("recipe.yaml", "rounds.jsonl", "partition.json", "summary.json", "report.md", "adapter/adapter_config.json"):
+    for name in (
+        "recipe.yaml",
+        "rounds.jsonl",
+        "partition.json",
+        "summary.json",
+        "report.md",
+        "adapter/adapter_config.json",
+    ):
         assert (straight / name).is_file(), name
     assert list((straight / "plots").glob("*.png")) and list((straight / "checkpoint").iterdir())
     rows = records(straight)
@@ -99,7 +107,8 @@ def test_a_resumed_run_is_the_straight_run_to_the_bit(straight, tmp_path):
 @pytest.mark.parametrize("rule", ["fedit", "zero_padding", "flexlora", "flora"])
 def test_the_other_rules_run(rule, tmp_path):
     ranks = "clients.rank=[4,4]" if rule == "fedit" else "clients.rank=[8,2]"
-    done = fedllm("train", "recipe=smoke", f"algorithm={{name: {rule}}}", ranks, "run.output=run", "run.rounds=2", *QUICK,
+    done = fedllm("train", "recipe=smoke", f"algorithm={{name: {rule}}}", ranks, "run.output=run",
+                  "run.rounds=2", *QUICK,
                   "eval.generate=false", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(records(tmp_path / "run")) == 2
@@ -145,7 +154,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(straight, tmp_path):
     shutil.copytree(straight, tmp_path / "run")
     newest = sorted((tmp_path / "run/checkpoint").iterdir())[-1] / "state.safetensors"
     newest.write_bytes(newest.read_bytes()[:-5])
-    done = fedllm("train", f"recipe={tmp_path / 'run/recipe.yaml'}", f"run.output={tmp_path / 'run'}", "run.overwrite=false",
+    done = fedllm("train", f"recipe={tmp_path / 'run/recipe.yaml'}", f"run.output={tmp_path / 'run'}",
+                  "run.overwrite=false",
                   "run.resume=true", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert records(tmp_path / "run") == records(straight)
@@ -166,7 +176,9 @@ def test_the_plan_of_a_7b_model_needs_neither_hub_nor_account(tmp_path):
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     # 64 modules of 4096 x 4096: a rank costs 2 * 4096 numbers in each
-    assert [c["trainable_parameters"] for c in plan["clients"]] == [64 * 2 * 4096 * r for r in (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)]
+    assert [c["trainable_parameters"] for c in plan["clients"]] == [
+        64 * 2 * 4096 * r for r in (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
+    ]
 
 
 def test_plan_s_bytes_are_the_run_s(straight, tmp_path):

@@ -29,8 +29,8 @@ class FedHL(FlexLoRA):
         weights_per: one weight a client for the whole ``model``, or one for each ``module``.
         weights: ``fedhl``, or for the ablations of Table VIII ``fedavg`` (``n_i / n``) or ``rank`` (``r_i / sum r``).
 
-    The weights sum to 1, so ``W_{t+1} = W_t + sum p_i (B_i A_i - W_t^(r_i))``; ``W_t^(r_i)`` lies in the spaces of ``W_t``,
-    so a round adds at most ``sum r_i`` ranks.
+    The weights sum to 1, so ``W_{t+1} = W_t + sum p_i (B_i A_i - W_t^(r_i))``; ``W_t^(r_i)`` lies in the spaces of
+    ``W_t``, so a round adds at most ``sum r_i`` ranks.
     """
 
     epsilon: float = 1e-6

@@ -47,7 +47,10 @@ class FlexLoRA(Algorithm):
         return within("W", state)
 
     def truncated(self, state: Tensors, client: Client) -> float:
-        return float(sum(errors[min(client.rank, len(errors) - 1)] ** 2 for errors in within("error", state).values())) ** 0.5
+        return (
+            float(sum(errors[min(client.rank, len(errors) - 1)] ** 2 for errors in within("error", state).values()))
+            ** 0.5
+        )
 
 
 def settled(name: str, W: LowRank | Tensor, state: Tensors) -> dict[str, LowRank | Tensor]:

@@ -15,8 +15,8 @@ from fedllm.mean import mean_products
 class FLoRA(Algorithm):
     """``W <- W + sum p_i B_i A_i``, the sum kept as the stack ``[p_1 B_1, ..., p_m B_m] [A_1; ...; A_m]``.
 
-    Client i is sent all of ``W``, frozen, and an adapter of its rank with a random A and ``B = 0``. The broadcast grows by
-    ``sum r_i`` ranks a round, until the dense matrix is smaller. ``p_i = n_i / n``.
+    Client i is sent all of ``W``, frozen, and an adapter of its rank with a random A and ``B = 0``. The broadcast grows
+    by ``sum r_i`` ranks a round, until the dense matrix is smaller. ``p_i = n_i / n``.
     """
 
     def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
@@ -26,7 +26,9 @@ class FLoRA(Algorithm):
         fresh = {n: fill(LowRank.zeros(*W.shape), client.rank, rnd.rng("fresh", n)) for n, W in state.items()}
         return under("frozen", state) | under("adapter", fresh)
 
-    def local(self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(
+        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
+    ) -> tuple[Tensors, Tensors, dict[str, float]]:
         return worker.train(within("adapter", sent), memory, rnd, frozen=within("frozen", sent))
 
     def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:

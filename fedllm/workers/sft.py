@@ -1,8 +1,8 @@
 """A client that fine-tunes LoRA adapters with TRL's ``SFTTrainer``. The only place that knows ``lora_alpha``.
 
-One trainer and one base model per process serve every client of the whole run: a second ``SFTTrainer`` on the same model
-would nest another forward and reset the global generator. A client's rank is the rank of the factors that are hung into
-PEFT's layers for the time it trains, so each pays for its own rank only.
+One trainer and one base model per process serve every client of the whole run: a second ``SFTTrainer`` on the same
+model would nest another forward and reset the global generator. A client's rank is the rank of the factors that are hung
+into PEFT's layers for the time it trains, so each pays for its own rank only.
 """
 
 from __future__ import annotations
@@ -125,7 +125,9 @@ def target_shapes(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[i
         }
         if not hits:
             linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-            raise FedError(f"worker.targets: the model has no linear module {target!r}. It has: {', '.join(sorted(linear))}.")
+            raise FedError(
+                f"worker.targets: the model has no linear module {target!r}. It has: {', '.join(sorted(linear))}."
+            )
         shapes |= hits
     return {name: shapes[name] for name, _ in model.named_modules() if name in shapes}
 
@@ -187,7 +189,9 @@ class SFTWorker:
         self.rows = {id: [{"input_ids": r.input_ids, "labels": r.labels} for r in of] for id, of in rows.items()}
         targets = list(target_shapes(base, settings.targets))
         with _own_randomness(0):  # PEFT draws factors that are replaced before they are used, and TRL sets a seed
-            lora = LoraConfig(r=1, lora_alpha=1, target_modules=targets, lora_dropout=settings.dropout, task_type="CAUSAL_LM")
+            lora = LoraConfig(
+                r=1, lora_alpha=1, target_modules=targets, lora_dropout=settings.dropout, task_type="CAUSAL_LM"
+            )
             self.model = get_peft_model(base, lora, adapter_name=TRAINED)
             self.model.add_adapter(FROZEN, LoraConfig(r=1, lora_alpha=1, target_modules=targets, task_type="CAUSAL_LM"))
             self.trainer = _trainer(settings, self.model, tokenizer, next(iter(self.rows.values())), on_step)
@@ -242,7 +246,7 @@ class SFTWorker:
             self._activate([], train=False)
 
     def _hang(self, adapter: str, update: Tensors) -> None:
-        """Puts ``B A`` into PEFT's layers as ``scale (B / scale) A``: factors of any rank, float32, on the layer's device."""
+        """Puts ``B A`` into PEFT's layers as ``scale (B / scale) A``: any rank, float32, on the layer's device."""
         for name, product in update.items():
             layer, product = self.layers[name], as_lowrank(product)
             scale = self.settings.scale(product.rank) if adapter == TRAINED else 1.0
@@ -299,7 +303,7 @@ def _own_randomness(seed: int) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def _trainer(settings: SFT, model: nn.Module, tokenizer: Any, sample: Sequence[dict[str, Any]], on_step: Any) -> Any:
+def _trainer(settings: SFT, model: Any, tokenizer: Any, sample: Sequence[dict[str, Any]], on_step: Any) -> Any:
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer

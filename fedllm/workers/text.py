@@ -45,8 +45,8 @@ class TextFederation:
     """Everything about a run of language-model clients that is known before a weight is loaded.
 
     Args:
-        recipe: the resolved recipe, whose worker is ``SFT``. Where it only asks for a plan and the Hub has what cannot be
-            had from here, the known number of rows stands in for them, each as long as it may be.
+        recipe: the resolved recipe, whose worker is ``SFT``. Where it only asks for a plan and the Hub cannot be
+            reached, the known number of rows stands in for them, each as long as it may be.
 
     Raises:
         FedError: rows that cannot be had, clients without rows, a rank above a weight's size.
@@ -98,7 +98,9 @@ class TextFederation:
         """What the summary's numbers were computed from."""
         dropped = self.partition["dropped_rows"]
         notes = [f"{len(self.test)} held-out rows of {self.recipe.data_name}; loss in nats per completion token."]
-        return notes + ([f"{dropped} training rows lost their completion to max_length and were left out."] if dropped else [])
+        return notes + (
+            [f"{dropped} training rows lost their completion to max_length and were left out."] if dropped else []
+        )
 
     @cached_property
     def test(self) -> list[Row]:
@@ -120,7 +122,7 @@ class TextFederation:
         algorithm, rnd = self.recipe.algorithm, Round(1, self.recipe.run.seed)
         state = algorithm.init(self.model, self.clients)
         base = self._base_bytes()
-        clients = []
+        clients: list[dict[str, Any]] = []
         for client in self.clients:
             rows, rank = self.rows[client.id], client.rank
             sent = algorithm.download(state, client, rnd)
@@ -152,7 +154,9 @@ class TextFederation:
             "cohort": cohort,
             "dropped_rows": self.partition["dropped_rows"],
             "base_bytes": base,
-            "run_bytes": round((totals["bytes_down"] + totals["bytes_up"]) * self.recipe.run.rounds * cohort / len(clients)),
+            "run_bytes": round(
+                (totals["bytes_down"] + totals["bytes_up"]) * self.recipe.run.rounds * cohort / len(clients)
+            ),
         }
         return {"clients": clients, "levels": [], "totals": totals, "guessed": self.guessed}
 
@@ -162,7 +166,9 @@ class TextFederation:
 
     def _encode(self, rows: Sequence[Row]) -> list[Encoded]:
         task = self.recipe.data.task
-        return encode(self.tokenizer, [task.prompt(r) for r in rows], [task.target(r) for r in rows], self.settings.max_length)
+        return encode(
+            self.tokenizer, [task.prompt(r) for r in rows], [task.target(r) for r in rows], self.settings.max_length
+        )
 
     def _rows(self, split: str, most: int | None) -> list[Row]:
         rows = self.recipe.data.task.load(self.recipe.data.path, split)
@@ -197,7 +203,9 @@ class TextFederation:
         settings = language.config(self.recipe.model)
         hidden, layers = settings.hidden_size, settings.num_hidden_layers
         tokens = longest * self.settings.batch_size
-        per_layer = 2 if self.settings.gradient_checkpointing else 34  # half-words a token and unit (Korthikanti et al.)
+        per_layer = (
+            2 if self.settings.gradient_checkpointing else 34
+        )  # half-words a token and unit (Korthikanti et al.)
         return tokens * hidden * layers * per_layer + 4 * tokens * settings.vocab_size
 
 
