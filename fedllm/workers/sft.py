@@ -1,7 +1,7 @@
 """A client that fine-tunes LoRA adapters with TRL's ``SFTTrainer``. The only place that knows ``lora_alpha``.
 
 One trainer and one base model per process serve every client of the whole run: a second ``SFTTrainer`` on the same
-model would nest another forward and reset the global generator. A client's rank is the rank of the factors that are hung
+model would nest another forward and reset the global generator. A client's rank is the rank of the factors hung
 into PEFT's layers for the time it trains, so each pays for its own rank only.
 """
 
