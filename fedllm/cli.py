@@ -53,6 +53,16 @@ def report(arguments: list[str]) -> int:
     return 0
 
 
+def push(arguments: list[str]) -> int:
+    """fedllm push RUN [--repo OWNER/NAME] [--dry-run] [--public] [--merged]: adapter and model card to the Hub"""
+    from fedllm.train import hush
+
+    hush()
+    from fedllm.hub import main as run
+
+    return run(arguments)
+
+
 def methods(arguments: list[str]) -> int:
     """fedllm methods: every rule with its paper, file and recipes, as Markdown"""
     from fedllm.methods import table
@@ -66,6 +76,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": plan,
     "aggregate": aggregate,
     "report": report,
+    "push": push,
     "methods": methods,
 }
 

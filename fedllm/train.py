@@ -21,7 +21,7 @@ if not __package__:  # launched by path: sys.path starts with this folder, whose
 import torch
 from rich.console import Console
 
-from fedllm import adapters, checkpoint, folder, report
+from fedllm import checkpoint, folder, hub, report
 from fedllm import recipe as recipes
 from fedllm.checkpoint import Checkpoint
 from fedllm.core import Algorithm, FedError, Reply, Tensors, Worker
@@ -67,6 +67,7 @@ def train(recipe: recipes.Recipe, processes: Processes) -> None:
     run, out, algorithm, console = recipe.run, recipe.output, recipe.algorithm, Console()
     if not run.plan:
         folder.check(out, resume=run.resume, overwrite=run.overwrite)
+        hub.ready(recipe.hub)
     federation = recipe.worker.federation(recipe)
     if run.plan:
         show(recipe, federation.plan(), console)
@@ -110,7 +111,7 @@ def train(recipe: recipes.Recipe, processes: Processes) -> None:
             seed=run.seed,
             participation=recipe.clients.participation,
         ):
-            state, replies = outcome.state, outcome.replies
+            state, memories, replies = outcome.state, outcome.memories, outcome.replies
             records.append(outcome.record)
             checkpoint.save(
                 out / "checkpoint", Checkpoint(outcome.round.index, state, outcome.memories, records, recipe.page)
@@ -120,17 +121,12 @@ def train(recipe: recipes.Recipe, processes: Processes) -> None:
         rows.append({"name": f"federated ({recipe.algorithm_name})", **records[-1]["eval"]})
         if recipe.eval.clients:
             for reply in replies:
-                scores = _score(out, worker, display, f"client_{reply.client.id}", algorithm.personal(reply))
+                own = algorithm.personal(reply, memories.get(reply.client.id, {}))
+                scores = _score(out, worker, display, f"client_{reply.client.id}", own)
                 rows.append({"name": f"client {reply.client.id}, its own model", **scores})
         for place in recipe.eval.alone_of(len(federation.clients)):
             rows.append(_alone(recipe, federation, worker, display, place))
-        adapters.write(
-            out / "adapter",
-            algorithm.served(state),
-            base_model=recipe.model.name,
-            targets=recipe.worker.targets,
-            overwrite=True,
-        )
+        hub.export(recipe, state, replies)
     notes = federation.notes
     if recipe.eval.alone is not None:
         notes = [*notes, "A client alone trains for as many steps on its own rows as it does in the federation."]
@@ -139,6 +135,7 @@ def train(recipe: recipes.Recipe, processes: Processes) -> None:
     written = report.write(out)
     report.print_summary(summary, console)
     console.print(f"[dim]report: {written}   adapter: {out / 'adapter'}[/dim]", soft_wrap=True)
+    hub.publish(recipe, console)
 
 
 def _base(recipe: recipes.Recipe, worker: Any, display: Display) -> dict[str, float]:
