@@ -86,7 +86,7 @@ def aggregate(
         algorithm.validate(clients)
         state = algorithm.init(Model(weights, before.updates if before else {}), clients)
         replies = [_reply(algorithm, state, client, adapter) for client, adapter in zip(clients, read, strict=True)]
-        replies, refused = admit(replies)
+        replies, refused = admit(replies, algorithm.expected)
         for client, reason in refused.items():
             raise FedError(f"{client} cannot be aggregated. {reason}")
         shares = algorithm.shares(state, replies)

@@ -153,8 +153,16 @@ class Algorithm:
         """The global update that is evaluated and exported, by weight name."""
         return state
 
-    def personal(self, reply: Reply) -> Tensors:
-        """The update a client itself would use after its training; by default what it returned."""
+    def personal(self, reply: Reply, memory: Tensors) -> Tensors:
+        """The update a client itself would use, given what it now remembers; by default what it returned."""
+        return reply.returned
+
+    def expected(self, reply: Reply) -> Tensors:
+        """What would return from a client that did not train; by default the ``adapter/`` group it was sent, or all."""
+        return within("adapter", reply.sent) or reply.sent
+
+    def trained(self, reply: Reply) -> Tensors:
+        """What was returned, as updates by weight name; by default that is what it is."""
         return reply.returned
 
     def shares(self, state: Tensors, replies: Sequence[Reply]) -> dict[str, float]:

@@ -44,11 +44,12 @@ SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{30,}|\bhf_jwt_[A-Za-z0-9._-]{30,}")
 TEXT = {".json", ".jsonl", ".yaml", ".md", ".txt", ".jinja"}
 
 
-def export(recipe: Recipe, state: Tensors, replies: Sequence[Reply]) -> None:
+def export(recipe: Recipe, state: Tensors, replies: Sequence[Reply], memories: Mapping[str, Tensors]) -> None:
     """Writes a finished run's adapters: the server's, and with ``hub.clients`` each client's own of the last round."""
     updates = {recipe.output / "adapter": recipe.algorithm.served(state)}
     for reply in replies if recipe.hub.clients else ():
-        updates[recipe.output / "adapter_clients" / reply.client.id] = recipe.algorithm.personal(reply)
+        own = recipe.algorithm.personal(reply, memories.get(reply.client.id, {}))
+        updates[recipe.output / "adapter_clients" / reply.client.id] = own
     for place, update in updates.items():
         adapters.write(place, update, base_model=recipe.model.name, targets=recipe.worker.targets, overwrite=True)
     folder.write(recipe.output / "versions.json", json.dumps(card.versions(), indent=1))

@@ -49,7 +49,7 @@ def federate(
         jobs = [Job(c, ledger.canonical(algorithm.download(state, c, rnd)), memories.get(c.id, {})) for c in cohort]
         finished = list(fleet.run(algorithm, worker, jobs, rnd))
         failed = {done.client.id: done.reason for done, _ in finished if isinstance(done, Failed)}
-        replies, refused = admit([done for done, _ in finished if isinstance(done, Reply)])
+        replies, refused = admit([done for done, _ in finished if isinstance(done, Reply)], algorithm.expected)
         refused = failed | refused
         if not replies:
             reasons = "; ".join(f"{id}: {reason}" for id, reason in refused.items())

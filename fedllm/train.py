@@ -94,7 +94,7 @@ def train(recipe: recipes.Recipe, processes: Processes) -> None:
             tracker.log(record)
             display.finish_round(record)
 
-        state, records = done.state, list(done.records)
+        state, memories, records = done.state, done.memories, list(done.records)
         replies: Sequence[Reply] = []
         if records:
             close(records, state)
@@ -126,7 +126,7 @@ def train(recipe: recipes.Recipe, processes: Processes) -> None:
                 rows.append({"name": f"client {reply.client.id}, its own model", **scores})
         for place in recipe.eval.alone_of(len(federation.clients)):
             rows.append(_alone(recipe, federation, worker, display, place))
-        hub.export(recipe, state, replies)
+        hub.export(recipe, state, replies, memories)
     notes = federation.notes
     if recipe.eval.alone is not None:
         notes = [*notes, "A client alone trains for as many steps on its own rows as it does in the federation."]

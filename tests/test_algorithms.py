@@ -284,7 +284,7 @@ def test_hooks_change_nothing_they_were_given(rule: Algorithm) -> None:
     rule.shares(state, replies)
     for client, reply in zip(clients, replies, strict=True):
         rule.truncated(state, client)
-        rule.personal(reply)
+        rule.personal(reply, {})
     assert bits(state) == given
     assert [bits(reply.sent) for reply in replies] == sent_bits == [bits(tensors) for tensors in sent]
     assert [bits(reply.returned) for reply in replies] == returned_bits

@@ -39,6 +39,6 @@ class FLoRA(Algorithm):
             for name in names_of(replies)
         }
 
-    def personal(self, reply: Reply) -> Tensors:
+    def personal(self, reply: Reply, memory: Tensors) -> Tensors:
         frozen = within("frozen", reply.sent)
         return {name: plus(frozen[name], update) for name, update in reply.returned.items()}
