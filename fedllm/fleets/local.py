@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fedllm.core import Algorithm, Job, Reply, Round, Tensors, Worker
-from fedllm.ledger import canonical
+from fedllm.core import Algorithm, Failed, Job, Reply, Round, Tensors, Worker
+from fedllm.fleets.attempt import attempt
 from fedllm.progress import Display
 
 
@@ -15,9 +15,11 @@ class Local:
     """The fleet of one process."""
 
     display: Display
+    tolerant: bool = True
 
-    def run(self, algorithm: Algorithm, worker: Worker, jobs: Sequence[Job], rnd: Round) -> Iterator[tuple[Reply, Tensors]]:
+    def run(
+        self, algorithm: Algorithm, worker: Worker, jobs: Sequence[Job], rnd: Round
+    ) -> Iterator[tuple[Reply | Failed, Tensors]]:
         for job in jobs:
             self.display.client(job.client.id)
-            returned, memory, metrics = algorithm.local(worker.of(job.client), job.sent, job.memory, rnd)
-            yield Reply(job.client, job.sent, canonical(returned), metrics), memory
+            yield attempt(algorithm, worker, job, rnd, tolerant=self.tolerant)
