@@ -20,9 +20,10 @@ from torch import Tensor
 
 from fedllm.algorithms.fedit import FedIT
 from fedllm.core import Client, Failed, FedError, Job, Reply, Round
-from fedllm.fleets.accelerate import Accelerate, Processes, joined, pack, serve, spread, unpack
+from fedllm.fleets.accelerate import Accelerate, Processes, joined, serve, spread
 from fedllm.fleets.local import Local
 from fedllm.lowrank import LowRank
+from fedllm.payload import pack, unpack
 from fedllm.progress import Silent
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,6 @@ hidden meanwhile: ``transformers`` would build its state from them and wrap each
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,13 +18,11 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
-from torch import Tensor
 
-from fedllm.core import Algorithm, Client, Failed, FedError, Job, Reply, Round, Tensors, Worker, under, within
+from fedllm.core import Algorithm, Client, Failed, FedError, Job, Reply, Round, Tensors, Worker
 from fedllm.fleets.attempt import attempt
 from fedllm.fleets.local import Local
-from fedllm.ledger import flatten, unflatten
+from fedllm.payload import pack, unpack
 from fedllm.progress import Display
 
 PATIENCE = timedelta(days=7)
@@ -218,20 +215,3 @@ def spread(costs: Sequence[float], size: int) -> list[list[int]]:
         shares[least].append(place)
         loads[least] += costs[place]
     return shares
-
-
-def pack(note: Mapping[str, Any], groups: Mapping[str, Tensors]) -> bytes:
-    """A JSON note and groups of tensors as bytes: the note's length in 8 bytes, the note, a safetensors file."""
-    text = json.dumps({**note, "groups": list(groups)}).encode()
-    flat: dict[str, Tensor] = {}
-    for group, tensors in groups.items():
-        flat |= {name: tensor.clone() for name, tensor in flatten(under(group, tensors)).items()}
-    return len(text).to_bytes(8, "little") + text + (save(flat) if flat else b"")
-
-
-def unpack(message: bytes) -> tuple[dict[str, Any], dict[str, Tensors]]:
-    """What ``pack`` was given. Nothing in it is ever executed."""
-    end = 8 + int.from_bytes(message[:8], "little")
-    note = json.loads(message[8:end])
-    tensors = unflatten(load(message[end:])) if len(message) > end else {}
-    return note, {group: within(group, tensors) for group in note.pop("groups")}
