@@ -1,0 +1,182 @@
+"""FedLoRU (federated low-rank updates): the adapters of many rounds add up, so that the sum outgrows their rank.
+
+And FedLoRA, the baseline of its paper, which never adds anything up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fedllm.algorithms.fedit import FedIT
+from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors, under, within
+from fedllm.lowrank import LowRank, cheapest, fill, plus
+from fedllm.mean import mean, mean_factors
+
+
+@dataclass(frozen=True)
+class FedLoRAAvg(FedIT):
+    """FedLoRA as the FedLoRU paper compares with it: one adapter for the whole run, its factors averaged."""
+
+
+@dataclass(frozen=True)
+class FedLoRU(Algorithm):
+    """``B = sum p_i B_i``, ``A = sum p_i A_i`` with ``p_i = n_i / n``; every tau rounds ``W <- W + B A`` (Algorithm 1).
+
+    LoRA's scale is folded into B, so it is alpha / r here as everywhere; the paper writes a fixed alpha = 16 that is
+    not divided by r: ``worker.alpha`` = 16 r is that.
+
+    W is frozen and hardly travels: a client is sent it once, later only the increments that it lacks, each as small as
+    an adapter, and remembers their sum. An accumulation falls due at the start of round ``k tau + 1``, so what is
+    served after any round is exactly what its clients trained, and no run ends on one.
+
+    State: ``adapter/name``; ``W/name``, a stack of increments until dense is smaller, then beside ``last/name``, the
+    newest; ``held/client``, the accumulations that it has; and ``r``, the adapters' rank. A ``Tensor`` among the
+    adapters (a norm's weights, say) is averaged and never accumulated.
+
+    Args:
+        tau: rounds between accumulations (section 4.2: 15 for the language model).
+        reset: after an accumulation, ``random``: fresh rows in A, drawn as PEFT draws them, and B = 0, so the function
+            stays as it is; or ``momentum``: B and A stay, so the model steps once more by what it has just added.
+    """
+
+    tau: int = 15
+    reset: Literal["random", "momentum"] = "random"
+
+    def __post_init__(self) -> None:
+        if self.tau < 1:
+            raise FedError(f"tau={self.tau}: at least 1 round between two accumulations.")
+
+    def validate(self, clients: Sequence[Client]) -> None:
+        ranks = sorted({client.rank for client in clients})
+        if len(ranks) > 1:
+            raise FedError(
+                f"this rule averages factors, so all clients need one rank, and these have {ranks}. "
+                "Set clients.rank to one number, or take mfedloru."
+            )
+
+    def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
+        state: dict[str, Any] = {"r": torch.tensor(max(client.rank for client in clients))}
+        for name, weight in model.weights.items():
+            state[f"adapter/{name}"] = LowRank.zeros(*weight.shape)
+            state[f"W/{name}"] = model.update.get(name, LowRank.zeros(*weight.shape))
+        return state
+
+    def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
+        state = self.accumulated(state, rnd)
+        return under("adapter", started(state, rnd)) | self._lacking(state, client, rnd)
+
+    def local(
+        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
+    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+        W = self.remembered(sent, memory, rnd)
+        returned, moments, metrics = worker.train(
+            within("adapter", sent), self.moments("worker", memory, rnd), rnd, frozen=W
+        )
+        return returned, self.memory(W, rnd) | under("worker", moments), metrics
+
+    def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
+        p = self.shares(state, replies)
+        weights = [p[reply.client.id] for reply in replies]
+        updates = [self.trained(reply) for reply in replies]
+        after = dict(self.accumulated(state, rnd))
+        for name in within("adapter", state):
+            terms = [update[name] for update in updates]
+            average = mean_factors if isinstance(terms[0], LowRank) else mean
+            after[f"adapter/{name}"] = average(terms, weights)
+        held = torch.tensor(self.accumulations(rnd))
+        return after | {f"held/{reply.client.id}": held.clone() for reply in replies}
+
+    def served(self, state: Tensors) -> Tensors:
+        return added(within("W", state), within("adapter", state))
+
+    def personal(self, reply: Reply, memory: Tensors) -> Tensors:
+        return added(within("W", memory), self.trained(reply))
+
+    def accumulations(self, rnd: Round) -> int:
+        """How many there have been by the time this round's clients train."""
+        return (rnd.index - 1) // self.tau
+
+    def accumulated(self, state: Tensors, rnd: Round) -> Tensors:
+        """``W <- W + B A`` and the reset, where this round begins with them; else the state as it is."""
+        if rnd.index == 1 or (rnd.index - 1) % self.tau:
+            return state
+        after = dict(state)
+        for name, update in within("adapter", state).items():
+            if not isinstance(update, LowRank):
+                continue
+            W = cheapest(plus(state[f"W/{name}"], update))
+            after[f"W/{name}"] = W
+            if isinstance(W, Tensor):
+                after[f"last/{name}"] = update
+            if self.reset == "random":
+                after[f"adapter/{name}"] = LowRank.zeros(*update.shape)
+        return after
+
+    def _lacking(self, state: Tensors, client: Client, rnd: Round) -> dict[str, Any]:
+        """What the client lacks of W: ``increment/k/name``, or all of it as ``W/name``."""
+        now, r = self.accumulations(rnd), int(state["r"])
+        held = int(state[f"held/{client.id}"]) if f"held/{client.id}" in state else -1
+        news: dict[str, Any] = {}
+        for name, W in within("W", state).items():
+            if held < 0:
+                news |= {f"W/{name}": W} if isinstance(W, Tensor) or W.rank else {}
+            elif isinstance(W, LowRank):
+                for k in range(held + 1, now + 1):
+                    end = W.rank - (now - k) * r  # each accumulation added r columns
+                    news[f"increment/{k}/{name}"] = LowRank(W.B[:, end - r : end], W.A[end - r : end])
+            elif held == now - 1 and state[f"last/{name}"].rank * sum(W.shape) < W.numel():
+                news[f"increment/{now}/{name}"] = state[f"last/{name}"]
+            elif held < now:
+                news[f"W/{name}"] = W
+        return news
+
+    def remembered(self, sent: Tensors, memory: Tensors, rnd: Round) -> dict[str, Any]:
+        """W on the client's side. An increment that comes again, its last reply having been lost, counts once."""
+        whole, W = within("W", sent), within("W", memory)
+        counts = dict.fromkeys(within("adapter", sent), int(memory.get("held", 0)))
+        for key, update in sorted(within("increment", sent).items(), key=lambda item: int(item[0].partition("/")[0])):
+            k, _, name = key.partition("/")
+            if int(k) == counts[name] + 1:
+                W[name] = cheapest(plus(W.get(name, LowRank.zeros(*update.shape)), update))
+                counts[name] += 1
+        behind = [
+            name
+            for name, update in within("adapter", sent).items()
+            if isinstance(update, LowRank) and name not in whole and counts[name] != self.accumulations(rnd)
+        ]
+        if behind:
+            raise FedError(
+                f"this client holds {counts[behind[0]]} of {self.accumulations(rnd)} accumulations of {behind[0]} and "
+                "was sent no more: its memory was lost. Bring it back, or let it join under a new name."
+            )
+        return W | whole
+
+    def moments(self, group: str, memory: Tensors, rnd: Round) -> Tensors:
+        """The optimizer's moments of this client's last round; none where the adapters they belong to are gone."""
+        stale = self.reset == "random" and int(memory.get("held", 0)) != self.accumulations(rnd)
+        return {} if stale else within(group, memory)
+
+    def memory(self, W: Tensors, rnd: Round) -> dict[str, Any]:
+        """What a client keeps of W."""
+        return {"held": torch.tensor(self.accumulations(rnd)), **under("W", W)}
+
+
+def started(state: Tensors, rnd: Round) -> dict[str, Any]:
+    """The adapters that a round's clients start from: those of the state, with fresh directions where it has none."""
+    return {
+        name: fill(update, int(state["r"]), rnd.rng("fresh", name)) if isinstance(update, LowRank) else update
+        for name, update in within("adapter", state).items()
+    }
+
+
+def added(W: Tensors, adapters: Tensors) -> dict[str, Any]:
+    """``W + B A`` for every name; what is no product is as it is."""
+    return {
+        name: plus(W[name], update) if isinstance(update, LowRank) and name in W else update
+        for name, update in adapters.items()
+    }

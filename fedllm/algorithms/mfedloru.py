@@ -1,0 +1,99 @@
+"""mFedLoRU: FedLoRU for clients of different rank, who train factors of the factors (FedLoRU paper, Algorithm 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedllm.algorithms.fedloru import FedLoRU
+from fedllm.core import Client, FedError, Model, Reply, Round, Tensors, under, within
+from fedllm.lowrank import LowRank
+
+
+@dataclass(frozen=True)
+class MFedLoRU(FedLoRU):
+    """Client i trains the nested factors in ``(B + a B_d B_u)(A + a A_d A_u)`` (eq. 15).
+
+    Their shapes: ``B_d (d, r_i), B_u (r_i, r), A_d (r, r_i), A_u (r_i, k)``. B and A, of rank r, are sent and stay as
+    they are; ``B_d`` and ``A_d`` are drawn anew every round and ``B_u = A_u = 0``, so both products start at zero. The
+    four are returned, ``a`` and LoRA's scale folded into the first of each pair; the server rebuilds
+    ``B_i = B + B_d B_u`` and ``A_i = A + A_d A_u`` and averages those (eq. 37). A client with ``r_i = r`` trains B and
+    A themselves, and a factor that is smaller than its two factors is returned rebuilt.
+
+    Args:
+        rank: r; the largest client's by default.
+        a: the paper's alpha_A = alpha_B, not stated.
+    """
+
+    rank: int | None = None
+    a: float = 1.0
+
+    def validate(self, clients: Sequence[Client]) -> None:
+        largest = max(client.rank for client in clients)
+        if self.rank is not None and self.rank < largest:
+            raise FedError(f"rank={self.rank} is below a client's, {largest}: raise it, or lower clients.rank.")
+
+    def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
+        r = self.rank or max(client.rank for client in clients)
+        return {**super().init(model, clients), "r": torch.tensor(r)}
+
+    def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
+        return {**super().download(state, client, rnd), "rank": torch.tensor(min(client.rank, int(state["r"])))}
+
+    def local(
+        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
+    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+        adapters, r_i = within("adapter", sent), int(sent["rank"])
+        if all(update.rank == r_i for update in adapters.values()):
+            returned, memory, metrics = super().local(worker, sent, memory, rnd)
+            return _factors(returned), memory, metrics
+        W = self.remembered(sent, memory, rnd)
+        starts = {
+            name: LowRank(self.a * _uniform(factor.shape[0], r_i, rnd.rng("nested", name)), zeros(r_i, factor.shape[1]))
+            for name, factor in _factors(adapters).items()
+        }
+        nested, _, metrics = worker.train(adapters, {}, rnd, frozen=W, nested=starts)
+        returned = {
+            name: nested[name] if _is_lean(factor, r_i) else factor + nested[name].dense()
+            for name, factor in _factors(adapters).items()
+        }
+        return returned, self.memory(W, rnd), metrics
+
+    def expected(self, reply: Reply) -> Tensors:
+        r_i = int(reply.sent["rank"])
+        return {
+            name: LowRank(zeros(factor.shape[0], r_i), zeros(r_i, factor.shape[1])) if _is_lean(factor, r_i) else factor
+            for name, factor in _factors(within("adapter", reply.sent)).items()
+        }
+
+    def trained(self, reply: Reply) -> Tensors:
+        whole = {
+            name: factor + reply.returned[name].dense()
+            if isinstance(reply.returned[name], LowRank)
+            else reply.returned[name]
+            for name, factor in _factors(within("adapter", reply.sent)).items()
+        }
+        return {name: LowRank(B, whole[f"A/{name}"]) for name, B in within("B", whole).items()}
+
+
+def _factors(adapters: Tensors) -> dict[str, Any]:
+    """``B/name`` and ``A/name`` of every product."""
+    return under("B", {n: M.B for n, M in adapters.items()}) | under("A", {n: M.A for n, M in adapters.items()})
+
+
+def _is_lean(factor: Tensor, r_i: int) -> bool:
+    """Whether two factors of rank ``r_i`` take fewer numbers than this one."""
+    return r_i * sum(factor.shape) < factor.numel()
+
+
+def _uniform(rows: int, r: int, generator: torch.Generator) -> Tensor:
+    """``(rows, r)``, drawn as torch.nn.Linear draws a map from r to rows."""
+    return (torch.rand(rows, r, generator=generator) * 2 - 1) * r**-0.5
+
+
+def zeros(rows: int, columns: int) -> Tensor:
+    return torch.zeros(rows, columns)
