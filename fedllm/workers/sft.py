@@ -16,15 +16,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
+from fedllm import adapters
 from fedllm.core import Client, FedError, Round, Tensors
 from fedllm.lowrank import LowRank, as_lowrank
+from fedllm.models.language import LanguageModel
 from fedllm.rows import Encoded
+from fedllm.tasks.task import Task
 
 TRAINED, FROZEN = "client", "global"
 """The two adapters in the model: the one a client trains, and a frozen float32 one for all that came before."""
@@ -68,6 +73,11 @@ class SFT:
     max_length: int = 512
     gradient_checkpointing: bool = False
 
+    model_section: ClassVar[type] = LanguageModel
+    task_kind: ClassVar[type] = Task
+    exported: ClassVar[str] = "adapter"
+    whole: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         if isinstance(self.alpha, str) and not re.fullmatch(r"\d+(\.\d+)?r?", self.alpha):
             raise FedError(f"worker.alpha={self.alpha}: a number, or a multiple of the rank such as 2r.")
@@ -84,6 +94,10 @@ class SFT:
         from fedllm.workers.text import TextFederation
 
         return TextFederation(recipe)
+
+    def export(self, place: Path, update: Tensors, recipe: Any) -> None:
+        """Writes a PEFT folder."""
+        adapters.write(place, update, base_model=recipe.model.name, targets=self.targets, overwrite=True)
 
     def alpha_of(self, rank: int) -> float:
         """LoRA's alpha for a client of this rank."""
@@ -145,7 +159,13 @@ class Seat:
         return self.worker.settings.steps_for(len(self.worker.rows[self.client.id]))
 
     def train(
-        self, adapter: Tensors, memory: Tensors, rnd: Round, frozen: Tensors | None = None
+        self,
+        adapter: Tensors,
+        memory: Tensors,
+        rnd: Round,
+        frozen: Tensors | None = None,
+        nested: Tensors | None = None,
+        part: tuple[float, float] = (0.0, 1.0),
     ) -> tuple[dict[str, LowRank], dict[str, Tensor], dict[str, float]]:
         """Trains ``adapter`` on this client's rows, on top of the base model plus ``frozen``.
 
@@ -153,12 +173,15 @@ class Seat:
             adapter: ``B A`` per target module, of any rank; the product with LoRA's scale folded in.
             memory: what this returned for the client last time.
             frozen: a further update per target module that is added to the base and not trained.
+            nested: train these products instead, ``B/name (d_out, r)`` and ``A/name (r, d_in)``, each added to that
+                factor of ``adapter``, which stays as it is. LoRA's scale is folded into the first factor of B's.
+            part: from which to which part of the round's steps this is: (0, 0.4) are the first two of five.
 
         Returns:
-            The trained products, the memory to keep, and ``train_loss`` (nats a token, mean over steps), ``steps``,
-            ``tokens``, ``seconds``.
+            The trained products (those of ``nested`` where given), the memory to keep, and ``train_loss`` (nats a
+            token, mean over steps), ``steps``, ``tokens``, ``seconds``.
         """
-        return self.worker.train(self.client, adapter, memory, rnd, frozen or {})
+        return self.worker.train(self.client, adapter, memory, rnd, frozen or {}, nested or {}, part)
 
 
 class SFTWorker:
@@ -205,27 +228,36 @@ class SFTWorker:
         return Seat(self, client)
 
     def train(
-        self, client: Client, adapter: Tensors, memory: Tensors, rnd: Round, frozen: Tensors
+        self,
+        client: Client,
+        adapter: Tensors,
+        memory: Tensors,
+        rnd: Round,
+        frozen: Tensors,
+        nested: Tensors,
+        part: tuple[float, float],
     ) -> tuple[dict[str, LowRank], dict[str, Tensor], dict[str, float]]:
         """See ``Seat.train``."""
         started = time.perf_counter()
-        rows, steps = self.rows[client.id], self.settings.steps_for(len(self.rows[client.id]))
+        whole = self.settings.steps_for(len(self.rows[client.id]))
         self._hang(TRAINED, adapter)
         self._hang(FROZEN, frozen)
         self._activate([FROZEN, TRAINED] if frozen else [TRAINED], train=True)
         trainer = self.trainer
-        trainer.train_dataset = rows
-        trainer.args.max_steps = steps
+        trainer.train_dataset = self.rows[client.id]
+        trainer.args.max_steps = max(1, round(part[1] * whole) - round(part[0] * whole))
         trainer.args.learning_rate = self.settings.learning_rate_in(rnd.index, self.rounds)
         trainer.optimizer, trainer.lr_scheduler = None, None
         trainer._total_train_tokens = 0
-        with _own_randomness(rnd.rng("local", client.id).initial_seed()):
+        draws = ("local", client.id) if part[0] == 0.0 else ("local", client.id, part[0])
+        with _own_randomness(rnd.rng(*draws).initial_seed()), self._nested(nested) as inner:
+            trained = inner or self._factors()
             if self.settings.optimizer == "kept" and memory:
-                self._restore(trainer.create_optimizer(), memory)
+                self._restore(trainer.create_optimizer(), memory, trained)
             result = trainer.train()
-        kept = self._moments(trainer.optimizer) if self.settings.optimizer == "kept" else {}
-        trainer.optimizer, trainer.lr_scheduler = None, None  # the moments of one client are not held for the next
-        returned = {name: self._held(self.layers[name]) for name in adapter}
+            kept = self._moments(trainer.optimizer, trained) if self.settings.optimizer == "kept" else {}
+            trainer.optimizer, trainer.lr_scheduler = None, None  # one client's moments are not held for the next
+            returned = self._held_nested(inner, nested) if nested else {n: self._held(self.layers[n]) for n in adapter}
         metrics = {
             "train_loss": float(result.training_loss),
             "steps": result.global_step,
@@ -261,6 +293,38 @@ class SFTWorker:
         B, A = layer.lora_B[TRAINED].weight.detach(), layer.lora_A[TRAINED].weight.detach()
         return LowRank((B * layer.scaling[TRAINED]).cpu(), A.to("cpu", copy=True))
 
+    @contextmanager
+    def _nested(self, products: Tensors) -> Iterator[dict[str, nn.Parameter]]:
+        """Adds ``D U`` to factors of the trained adapter, which freezes; the new parameters, by product and place."""
+        inner: dict[str, nn.Parameter] = {}
+        modules = []
+        for key, product in products.items():
+            linear, scale = self._factor(key)
+            linear.weight.requires_grad_(False)
+            nest = _Nested(product.B.detach() / scale, product.A.detach()).to(linear.weight)
+            register_parametrization(linear, "weight", nest)
+            modules.append(linear)
+            inner |= {f"{key}/down": nest.down, f"{key}/up": nest.up}
+        try:
+            yield inner
+        finally:
+            for linear in modules:
+                remove_parametrizations(linear, "weight", leave_parametrized=False)
+
+    def _factor(self, key: str) -> tuple[Any, float]:
+        """The linear map that holds ``B/name`` or ``A/name`` of the trained adapter, and the scale of its products."""
+        factor, _, name = key.partition("/")
+        layer = self.layers[name]
+        return getattr(layer, f"lora_{factor}")[TRAINED], layer.scaling[TRAINED] if factor == "B" else 1.0
+
+    def _held_nested(self, inner: Mapping[str, nn.Parameter], products: Tensors) -> dict[str, LowRank]:
+        """The trained inner products, on the CPU, the scale folded in where it belongs to B."""
+        held = {}
+        for key in products:
+            down, up = inner[f"{key}/down"].detach(), inner[f"{key}/up"].detach()
+            held[key] = LowRank((down * self._factor(key)[1]).cpu(), up.to("cpu", copy=True))
+        return held
+
     def _activate(self, adapters: list[str], *, train: bool) -> None:
         for layer in self.layers.values():
             layer.set_adapter(adapters, inference_mode=True)
@@ -274,20 +338,31 @@ class SFTWorker:
             for factor in "BA"
         }
 
-    def _moments(self, optimizer: Any) -> dict[str, Tensor]:
-        """AdamW's state by factor and field, on the CPU."""
+    def _moments(self, optimizer: Any, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """AdamW's state by parameter and field, on the CPU."""
         state = optimizer.optimizer.state  # inside accelerate's wrapper
         return {
             f"{name}/{key}": value.detach().to("cpu", copy=True)
-            for name, weight in self._factors().items()
+            for name, weight in trained.items()
             for key, value in state[weight].items()
         }
 
-    def _restore(self, optimizer: torch.optim.Optimizer, memory: Tensors) -> None:
-        for name, weight in self._factors().items():
+    def _restore(self, optimizer: torch.optim.Optimizer, memory: Tensors, trained: Mapping[str, nn.Parameter]) -> None:
+        for name, weight in trained.items():
             fields = ("step", "exp_avg", "exp_avg_sq")
             values = {field: memory[f"{name}/{field}"].clone() for field in fields}
             optimizer.state[weight] = {k: v if k == "step" else v.to(weight) for k, v in values.items()}
+
+
+class _Nested(nn.Module):
+    """``W -> W + D U``, D and U trained."""
+
+    def __init__(self, down: Tensor, up: Tensor) -> None:
+        super().__init__()
+        self.down, self.up = nn.Parameter(down.clone()), nn.Parameter(up.clone())
+
+    def forward(self, W: Tensor) -> Tensor:
+        return W + self.down @ self.up
 
 
 @contextmanager

@@ -29,8 +29,8 @@ Row = Mapping[str, Any]
 class Echo:
     """A worker that returns what it is sent: what travels, without training."""
 
-    def train(self, adapter: Tensors, memory: Tensors, rnd: Round, frozen: Tensors | None = None) -> Any:
-        return adapter, memory, {}
+    def train(self, adapter: Tensors, memory: Tensors, rnd: Round, nested: Tensors | None = None, **others: Any) -> Any:
+        return adapter if nested is None else nested, memory, {}
 
 
 @dataclass(frozen=True)
