@@ -17,7 +17,7 @@ from torch import Tensor
 from fedllm import adapters
 from fedllm.adapters import Adapter
 from fedllm.admission import admit
-from fedllm.algorithms import ALGORITHMS
+from fedllm.algorithms import LOW_RANK
 from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors
 from fedllm.lowrank import LowRank, as_lowrank, fill
 
@@ -55,7 +55,7 @@ def aggregate(
     """One round's server half on PEFT folders, scales folded in; ``out`` becomes a PEFT folder of scale 1.
 
     Args:
-        rule: a name in ``ALGORITHMS``.
+        rule: a name in ``LOW_RANK``.
         folders: the clients' adapters: any mix of ranks and alphas, the same modules and shapes.
         samples: ``n_i``; equal by default.
         global_: the adapter of the round before, of which client i was sent what the rule sends to its folder's rank.
@@ -110,18 +110,18 @@ def aggregate(
 
 def _algorithm(rule: str, options: Mapping[str, Any]) -> Algorithm:
     """The rule with these constants; names are checked and the nearest is offered."""
-    if rule not in ALGORITHMS:
-        near = difflib.get_close_matches(rule, ALGORITHMS, n=1, cutoff=0.4)
+    if rule not in LOW_RANK:
+        near = difflib.get_close_matches(rule, LOW_RANK, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise FedError(f"there is no rule {rule!r}: {hint}The rules are {', '.join(ALGORITHMS)}.")
-    fields = [field.name for field in dataclasses.fields(ALGORITHMS[rule])]
+        raise FedError(f"there is no rule {rule!r}: {hint}The rules are {', '.join(LOW_RANK)}.")
+    fields = [field.name for field in dataclasses.fields(LOW_RANK[rule])]
     for name in options:
         if name not in fields:
-            having = [n for n, cls in ALGORITHMS.items() if name in {field.name for field in dataclasses.fields(cls)}]
+            having = [n for n, cls in LOW_RANK.items() if name in {field.name for field in dataclasses.fields(cls)}]
             whose = f"it belongs to {', '.join(having)}" if having else "no rule has it"
             own = f"{rule} has {', '.join(fields)}" if fields else f"{rule} has no options"
             raise FedError(f"{rule} has no option {name!r}: {whose}; {own}.")
-    return ALGORITHMS[rule](**options)
+    return LOW_RANK[rule](**options)
 
 
 def _counts(samples: Sequence[int] | None, clients: int) -> Sequence[int]:
@@ -204,7 +204,7 @@ def _parser() -> _Parser:
         prog="fedllm aggregate",
         description="Aggregates PEFT adapter folders of any rank and alpha by a federated rule into one PEFT folder.",
     )
-    parser.add_argument("rule", metavar="RULE", help=", ".join(ALGORITHMS))
+    parser.add_argument("rule", metavar="RULE", help=", ".join(LOW_RANK))
     parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="the clients' adapter folders")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the aggregate goes; new or empty")
     parser.add_argument("--samples", type=_samples, metavar="n1,n2,...", help="rows of each client (default: equal)")

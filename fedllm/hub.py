@@ -46,12 +46,13 @@ TEXT = {".json", ".jsonl", ".yaml", ".md", ".txt", ".jinja"}
 
 def export(recipe: Recipe, state: Tensors, replies: Sequence[Reply], memories: Mapping[str, Tensors]) -> None:
     """Writes a finished run's adapters: the server's, and with ``hub.clients`` each client's own of the last round."""
-    updates = {recipe.output / "adapter": recipe.algorithm.served(state)}
+    kind = recipe.worker.exported
+    updates = {recipe.output / kind: recipe.algorithm.served(state)}
     for reply in replies if recipe.hub.clients else ():
         own = recipe.algorithm.personal(reply, memories.get(reply.client.id, {}))
-        updates[recipe.output / "adapter_clients" / reply.client.id] = own
+        updates[recipe.output / f"{kind}_clients" / reply.client.id] = own
     for place, update in updates.items():
-        adapters.write(place, update, base_model=recipe.model.name, targets=recipe.worker.targets, overwrite=True)
+        recipe.worker.export(place, update, recipe)
     folder.write(recipe.output / "versions.json", json.dumps(card.versions(), indent=1))
 
 

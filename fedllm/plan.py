@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -9,6 +10,26 @@ from rich.table import Table
 
 from fedllm.progress import size
 from fedllm.recipe import Recipe
+
+
+def _count(value: int) -> str:
+    return f"{value:,}"
+
+
+COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("client", "id", str),
+    ("level", "level", str),
+    ("rank", "rank", str),
+    ("alpha", "alpha", "{:g}".format),
+    ("scale", "scale", "{:g}".format),
+    ("rows", "rows", _count),
+    ("steps", "steps", _count),
+    ("tokens", "tokens", _count),
+    ("memory", "memory_bytes", size),
+    ("down", "bytes_down", size),
+    ("up", "bytes_up", size),
+)
+"""Heading, key of a planned client and how it is written; a plan has those that its worker knows."""
 
 
 def show(recipe: Recipe, plan: dict[str, Any], console: Console) -> None:
@@ -20,22 +41,24 @@ def show(recipe: Recipe, plan: dict[str, Any], console: Console) -> None:
         soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("client", "rank", "alpha", "scale", "rows", "steps", "tokens", "memory", "down", "up"):
-        table.add_column(heading, justify="left" if heading == "client" else "right", no_wrap=True)
+    shown = [column for column in COLUMNS if column[1] in plan["clients"][0]]
+    for heading, _, _ in shown:
+        table.add_column(heading, justify="left" if heading in {"client", "level"} else "right", no_wrap=True)
     for client in plan["clients"]:
-        table.add_row(
-            client["id"],
-            str(client["rank"]),
-            f"{client['alpha']:g}",
-            f"{client['scale']:g}",
-            f"{client['rows']:,}",
-            f"{client['steps']:,}",
-            f"{client['tokens']:,}",
-            size(client["memory_bytes"]),
-            size(client["bytes_down"]),
-            size(client["bytes_up"]),
-        )
+        table.add_row(*(written(client[key]) for _, key, written in shown))
     console.print(table)
+    if plan.get("levels"):
+        levels = Table(box=None, pad_edge=False, header_style="bold")
+        for key in plan["levels"][0]:
+            levels.add_column(key.replace("_", " "), justify="left" if key == "name" else "right", no_wrap=True)
+        for level in plan["levels"]:
+            levels.add_row(*(value if key == "name" else _count(value) for key, value in level.items()))
+        console.print(levels)
+        console.print(
+            f"the run: {size(totals['comm_bytes'])} as 4 bytes a number both ways; in the papers' columns "
+            f"{totals['comm_paper_gb']:,.2f} GB (a byte a parameter, one way), {totals['flops_paper_1e12']:,.2f}e12 FLOPs",
+            soft_wrap=True,
+        )
     if plan.get("guessed"):
         console.print("The Hub cannot be reached: rows are the known number, tokens the most that max_length allows.")
     if totals["dropped_rows"]:
@@ -48,5 +71,6 @@ def show(recipe: Recipe, plan: dict[str, Any], console: Console) -> None:
         soft_wrap=True,
     )
     console.print(
-        f"writes {recipe.output}/: recipe.yaml rounds.jsonl checkpoint/ eval/ adapter/ report.md plots/", soft_wrap=True
+        f"writes {recipe.output}/: recipe.yaml rounds.jsonl checkpoint/ eval/ {recipe.worker.exported}/ report.md plots/",
+        soft_wrap=True,
     )

@@ -20,7 +20,6 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from fedllm.algorithms import ALGORITHMS
 from fedllm.core import Algorithm, FedError
-from fedllm.models.language import LanguageModel
 from fedllm.partition import IID, PARTITIONS
 from fedllm.tasks import TASKS
 from fedllm.workers import WORKERS
@@ -178,7 +177,7 @@ class Recipe:
     run: Run
     algorithm: Algorithm
     algorithm_name: str
-    model: LanguageModel
+    model: Any
     data: Data
     data_name: str
     clients: Clients
@@ -236,7 +235,7 @@ def build(name: str, page: Mapping[str, Any]) -> Recipe:
         run=run,
         algorithm=algorithm,
         algorithm_name=algorithm_name,
-        model=_typed(LanguageModel, page.get("model"), "model"),
+        model=_typed(worker.model_section, page.get("model"), "model"),
         data=data,
         data_name=data_name,
         clients=_typed(Clients, page.get("clients"), "clients"),
@@ -245,6 +244,7 @@ def build(name: str, page: Mapping[str, Any]) -> Recipe:
         eval=_typed(Evaluation, page.get("eval"), "eval"),
         hub=_typed(Hub, page.get("hub"), "hub"),
     )
+    _belong_together(recipe)
     _in_range(recipe)
     return dataclasses.replace(recipe, page=_page(recipe, partition_name))
 
@@ -359,6 +359,22 @@ def nearest(name: str, names: Iterable[str], what: str) -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]}?" if near else ""
     return f"there is no {what} of that name.{hint} Valid: {', '.join(names)}."
+
+
+def _belong_together(recipe: Recipe) -> None:
+    """A rule on whole networks, the worker that trains them and the data it takes; or adapters and text."""
+    if not isinstance(recipe.data.task, recipe.worker.task_kind):
+        fit = [name for name, kind in TASKS.items() if issubclass(kind, recipe.worker.task_kind)]
+        raise FedError(
+            f"data.name={recipe.data_name} is nothing that worker.name={recipe.worker_name} trains on: "
+            f"take another worker ({', '.join(WORKERS)}), or one of {', '.join(fit)}."
+        )
+    if bool(recipe.algorithm.network) != recipe.worker.whole:
+        fit = [name for name, rule in ALGORITHMS.items() if bool(rule.network) == recipe.worker.whole]
+        raise FedError(
+            f"algorithm.name={recipe.algorithm_name} does not train what worker.name={recipe.worker_name} trains "
+            f"({'whole networks' if recipe.worker.whole else 'low-rank updates'}): take one of {', '.join(fit)}."
+        )
 
 
 def _in_range(recipe: Recipe) -> None:

@@ -70,6 +70,17 @@ def sample(clients: Sequence[Client], participation: float, rnd: Round) -> list[
     return [clients[i] for i in chosen.tolist()]
 
 
+def own_scores(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """``own_...``: what clients measured of their personal models, each in its last round; the mean over all met so far."""
+    last: dict[str, dict[str, float]] = {}
+    for record in records:
+        for id, client in record["clients"].items():
+            own = {key: value for key, value in client.items() if key.startswith("own_")}
+            last |= {id: own} if own else {}
+    keys = next(iter(last.values()), {})
+    return {key: sum(own[key] for own in last.values()) / len(last) for key in keys}
+
+
 def _record(
     algorithm: Algorithm, state: Tensors, rnd: Round, replies: Sequence[Reply], refused: Mapping[str, str]
 ) -> dict[str, Any]:

@@ -6,9 +6,10 @@ group; ``index`` spells them out per weight; ``take`` cuts the client's weights 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -86,6 +87,21 @@ class Anatomy:
                 raise FedError(f"{name} is in no block of this model: declare it in one of {len(self.blocks)} blocks.")
             of[name] = found[0]
         return of
+
+
+def written(anatomy: Anatomy) -> Tensor:
+    """The anatomy as text, ``(bytes,)`` uint8: a server keeps it in its state, and needs no model to go on."""
+    return torch.tensor(list(json.dumps(asdict(anatomy)).encode()), dtype=torch.uint8)
+
+
+def read(text: Tensor) -> Anatomy:
+    """What was given to ``written``."""
+    fields = json.loads(bytes(text.tolist()))
+    axes = {
+        name: tuple(None if cut is None else Cut(**cut) for cut in cuts) for name, cuts in fields.pop("axes").items()
+    }
+    groups, blocks = fields.pop("groups"), tuple(tuple(block) for block in fields.pop("blocks"))
+    return Anatomy(groups=groups, axes=axes, blocks=blocks, **{key: tuple(value) for key, value in fields.items()})
 
 
 def _inside(name: str, module: str) -> bool:

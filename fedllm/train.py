@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +28,27 @@ from fedllm.checkpoint import Checkpoint
 from fedllm.core import Algorithm, FedError, Reply, Tensors, Worker
 from fedllm.fleets.accelerate import Processes, joined, serve
 from fedllm.fleets.local import Local
+from fedllm.fleets.waiting import Waiting
+from fedllm.interrupt import once
 from fedllm.ledger import canonical
 from fedllm.models.language import settle_network
 from fedllm.plan import show
 from fedllm.progress import Display, Progress
-from fedllm.rounds import federate
+from fedllm.rounds import Interrupted, federate, own_scores
 from fedllm.tracking import open_tracker
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs it. 0: done; 2: a recipe or data that cannot be run, said in one sentence on stderr."""
+    """Runs it. 0: done; 2: something the user can mend, said in one sentence on stderr; 130: stopped by Ctrl-C."""
     hush()
     try:
         with joined() as processes:
             recipe = recipes.load(sys.argv[1:] if arguments is None else arguments)
             torch.set_num_threads(recipe.run.threads or max(1, len(os.sched_getaffinity(0)) // processes.local_size))
             serve(processes, lambda: _hand(recipe)) if processes.rank else train(recipe, processes)
-    except FedError as error:
-        print(f"fedllm: {error}", file=sys.stderr)
-        return 2
+    except (FedError, KeyboardInterrupt) as error:
+        print(f"fedllm: {str(error) or 'stopped at once: run.resume=true goes on from the last finished round.'}", file=sys.stderr)
+        return 2 if isinstance(error, FedError) and not isinstance(error, Interrupted) else 130
     return 0
 
 
@@ -76,12 +79,14 @@ def train(recipe: recipes.Recipe, processes: Processes) -> None:
     folder.prepare(out, recipes.dump(recipe), federation.partition, overwrite=run.overwrite and not run.resume)
     if done is None:
         done = Checkpoint(0, canonical(algorithm.init(federation.model, federation.clients)), {}, [], recipe.page)
+        checkpoint.save(out / "checkpoint", done)
     folder.write_lines(out / "rounds.jsonl", done.records[:-1])
     title = f"{recipe.name}: {recipe.algorithm_name}, {len(federation.clients)} clients, {recipe.model.name}"
     tracking = closing(open_tracker(run.tracker, out, dict(recipe.page)))
-    with Progress(run.rounds, title, console) as display, tracking as tracker:
+    with Progress(run.rounds, title, console) as display, tracking as tracker, once() as interrupted:
         processes.tell({"do": "start"})
-        worker, fleet = federation.worker(display.step), processes.fleet(display)
+        worker = federation.worker(display.step)
+        fleet = processes.fleet(display, tolerant=run.on_client_error == "refuse")
         base = _base(recipe, worker, display)
 
         def close(records: list[dict[str, Any]], state: Tensors) -> None:
@@ -90,6 +95,7 @@ def train(recipe: recipes.Recipe, processes: Processes) -> None:
             last = record["round"] == run.rounds
             if last or (recipe.eval.every and record["round"] % recipe.eval.every == 0):
                 record["eval"] = _score(out, worker, display, f"round_{record['round']:04d}", algorithm.served(state))
+                record["eval"] |= own_scores(records)
             folder.append_line(out / "rounds.jsonl", record)
             tracker.log(record)
             display.finish_round(record)
@@ -98,11 +104,11 @@ def train(recipe: recipes.Recipe, processes: Processes) -> None:
         replies: Sequence[Reply] = []
         if records:
             close(records, state)
-        for outcome in federate(
+        rounds = federate(
             algorithm,
             federation.clients,
             worker,
-            fleet,
+            Waiting(recipe.faults.around(fleet), done.interrupted, done.finished),
             display,
             state=state,
             memories=done.memories,
@@ -110,13 +116,21 @@ def train(recipe: recipes.Recipe, processes: Processes) -> None:
             rounds=run.rounds,
             seed=run.seed,
             participation=recipe.clients.participation,
-        ):
-            state, memories, replies = outcome.state, outcome.memories, outcome.replies
-            records.append(outcome.record)
-            checkpoint.save(
-                out / "checkpoint", Checkpoint(outcome.round.index, state, outcome.memories, records, recipe.page)
-            )
-            close(records, state)
+            policy=recipe.policy,
+            records=records,
+            stop=interrupted,
+        )
+        try:
+            for outcome in rounds:
+                state, memories, replies = outcome.state, outcome.memories, outcome.replies
+                records.append(outcome.record)
+                done = Checkpoint(outcome.round.index, state, memories, records, recipe.page)
+                checkpoint.save(out / "checkpoint", done)
+                close(records, state)
+        except Interrupted as stopped:
+            part = replace(done, interrupted=stopped.rnd, finished=stopped.finished)
+            checkpoint.save(out / "checkpoint", part)
+            raise
         rows = [{"name": "base model", **base}] if base else []
         rows.append({"name": f"federated ({recipe.algorithm_name})", **records[-1]["eval"]})
         if recipe.eval.clients:
@@ -134,7 +148,7 @@ def train(recipe: recipes.Recipe, processes: Processes) -> None:
     folder.write(out / "summary.json", json.dumps(summary, indent=1))
     written = report.write(out)
     report.print_summary(summary, console)
-    console.print(f"[dim]report: {written}   adapter: {out / 'adapter'}[/dim]", soft_wrap=True)
+    console.print(f"[dim]report: {written}   {recipe.worker.exported}: {out / recipe.worker.exported}[/dim]", soft_wrap=True)
     hub.publish(recipe, console)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedllm.admission import admit
-from fedllm.algorithms import ALGORITHMS
+from fedllm.algorithms import LOW_RANK
 from fedllm.core import Client, Model, Reply, Round, Tensors, under
 from fedllm.lowrank import LowRank
 
@@ -136,10 +136,10 @@ def test_a_refused_reply_does_not_move_the_median() -> None:
     assert sorted(refused) == ["c", "nan"]
 
 
-@pytest.mark.parametrize("rule", ALGORITHMS)
+@pytest.mark.parametrize("rule", LOW_RANK)
 def test_every_rule_s_own_download_is_admitted_when_trained(rule: str) -> None:
     """A client that returns what it was sent to train, moved a little, is admitted under every rule of the table."""
-    algorithm = ALGORITHMS[rule]()
+    algorithm = LOW_RANK[rule]()
     clients = [Client("a", 1, 2), Client("b", 2, 2)]
     state = algorithm.init(Model({"q": torch.empty(4, 3, device="meta")}), clients)
     for rnd in (Round(1, 0), Round(2, 0)):

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedllm.adapters import CONFIG, WEIGHTS
 from fedllm.aggregate import aggregate, main
-from fedllm.algorithms import ALGORITHMS
+from fedllm.algorithms import LOW_RANK
 from fedllm.cli import main as cli
 from fedllm.core import FedError
 
@@ -190,7 +190,7 @@ CASES: dict[str, list[tuple[str, list[str], str | None, Any]]] = {
 
 
 def test_no_rule_is_left_out() -> None:
-    assert CASES.keys() == ALGORITHMS.keys()
+    assert CASES.keys() == LOW_RANK.keys()
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_samples_are_equal_by_default(
     agrees(tmp_path / "out", by_products(folders["mixed"], [1, 1, 1]), base, recwarn)
 
 
-@pytest.mark.parametrize("rule", ALGORITHMS)
+@pytest.mark.parametrize("rule", LOW_RANK)
 @pytest.mark.parametrize("rank", [1, 3, 16])
 def test_a_rank_makes_it_the_best_approximation(
     rule: str, rank: int, folders: dict[str, list[Path]], base: LlamaForCausalLM, tmp_path: Path, recwarn: Any
@@ -294,7 +294,7 @@ def test_fedhl_compares_each_module_with_what_its_own_rank_was_sent(base: LlamaF
         assert np.linalg.norm(update.dense().double().numpy() - wanted) <= 1e-5 * np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize("rule", ALGORITHMS)
+@pytest.mark.parametrize("rule", LOW_RANK)
 def test_alpha_cancels(rule: str, base: LlamaForCausalLM, tmp_path: Path, folders: dict[str, list[Path]]) -> None:
     """Doubling alpha and halving B is the same adapter, to the bit: powers of two."""
     paths = folders["equal"]
@@ -312,7 +312,7 @@ def test_alpha_cancels(rule: str, base: LlamaForCausalLM, tmp_path: Path, folder
         assert torch.equal(update.B, twice.update[name].B) and torch.equal(update.A, twice.update[name].A)
 
 
-@pytest.mark.parametrize("rule", ALGORITHMS)
+@pytest.mark.parametrize("rule", LOW_RANK)
 def test_its_own_output_can_be_the_round_before(rule: str, folders: dict[str, list[Path]], tmp_path: Path) -> None:
     aggregate(rule, folders["equal"], tmp_path / "one")
     aggregate(rule, folders["equal"], tmp_path / "two", global_=tmp_path / "one")

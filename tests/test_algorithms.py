@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedllm.admission import trained
-from fedllm.algorithms import ALGORITHMS
+from fedllm.algorithms import LOW_RANK
 from fedllm.algorithms.fedhl import FedHL
 from fedllm.algorithms.fedit import FedIT
 from fedllm.algorithms.flexlora import FlexLoRA
@@ -25,7 +25,7 @@ from fedllm.lowrank import LowRank
 Matrix = NDArray[np.float64]
 
 RULES: dict[str, Algorithm] = {
-    **{name: rule() for name, rule in ALGORITHMS.items()},
+    **{name: rule() for name, rule in LOW_RANK.items()},
     "zero_padding, HetLoRA's weights": ZeroPadding(weights="norm"),
     "fedhl, no softmax": FedHL(temperature=None),
     "fedhl, squared_norm": FedHL(truncation_error="squared_norm", temperature=None),
@@ -153,13 +153,13 @@ STAYS = {"fedit": True, "zero_padding": False, "flexlora": False, "flora": True,
 
 
 def test_2_covers_the_table() -> None:
-    assert STAYS.keys() == ALGORITHMS.keys()
+    assert STAYS.keys() == LOW_RANK.keys()
 
 
 @pytest.mark.parametrize(("name", "stays"), STAYS.items())
 def test_2_clients_that_return_what_they_were_sent(name: str, stays: bool) -> None:
     """FedHL and FLoRA do not move; FlexLoRA and zero-padding lose what a small client could not hold."""
-    rule = ALGORITHMS[name]()
+    rule = LOW_RANK[name]()
     clients = clients_of(rule)
     before = rule.init(model(learned(rank=3 if clients is EQUAL else 6)), clients)
     after = served(rule, played(rule, before, clients, unmoved))
@@ -341,9 +341,9 @@ HELD = {"flora": lambda W, r: dense(W), **{name: sent for name, sent in SENT.ite
 """What a client works on: what it was sent, and what it was sent frozen."""
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", LOW_RANK)
 def test_what_a_client_is_sent_and_what_it_cannot_hold(name: str) -> None:
-    rule = ALGORITHMS[name]()
+    rule = LOW_RANK[name]()
     clients = clients_of(rule)
     W = learned(3 if clients is EQUAL else 6)
     state = rule.init(model(W), clients)

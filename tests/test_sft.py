@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedllm.algorithms import ALGORITHMS
+from fedllm.algorithms import LOW_RANK
 from fedllm.core import Client, FedError, Model, Round
 from fedllm.inference import generate, held_out_loss
 from fedllm.lowrank import LowRank, fill
@@ -248,7 +248,7 @@ def test_all_rules_run_a_round():
     worker = make(SFT(steps=1, batch_size=2))
     shapes = target_shapes(skeleton(PICO), worker.settings.targets)
     model = Model({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
-    for name, rule in ALGORITHMS.items():
+    for name, rule in LOW_RANK.items():
         algorithm = rule()
         client = Client("c0", 12, 4)
         state = algorithm.init(model, [client])

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm.core import FedError
-from fedllm.tasks import TASKS
+from fedllm.tasks import TEXTS
 from fedllm.tasks.gsm8k import GSM8K, WordProblems, last_number, marked_number
 from fedllm.tasks.rows import read, write_jsonl
 
@@ -345,9 +345,9 @@ def test_word_problems_that_cannot_be_made_are_refused(fields, says):
         WordProblems(**fields).load(None, "train")
 
 
-@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize("name", sorted(TEXTS))
 def test_every_task_of_the_table_says_what_it_is(name):
-    task = TASKS[name]()
+    task = TEXTS[name]()
     assert task.rows["train"] > task.rows["test"] > 0
     assert task.metrics and task.columns and task.extraction and task.max_new_tokens > 0
 

@@ -1,5 +1,6 @@
 """One file per paper, and the table of them."""
 
+from fedllm.algorithms.fedavg import FedAvg
 from fedllm.algorithms.fedhl import FedHL
 from fedllm.algorithms.fedit import FedIT
 from fedllm.algorithms.flexlora import FlexLoRA
@@ -7,11 +8,19 @@ from fedllm.algorithms.flora import FLoRA
 from fedllm.algorithms.zero_padding import ZeroPadding
 from fedllm.core import Algorithm
 
-ALGORITHMS: dict[str, type[Algorithm]] = {
+LOW_RANK: dict[str, type[Algorithm]] = {
     "fedit": FedIT,
     "zero_padding": ZeroPadding,
     "flexlora": FlexLoRA,
     "flora": FLoRA,
     "fedhl": FedHL,
 }
+"""Rules on low-rank updates of a frozen model."""
+
+WHOLE: dict[str, type[Algorithm]] = {
+    "fedavg": FedAvg,
+}
+"""Rules on networks that are trained from their first weights on."""
+
+ALGORITHMS: dict[str, type[Algorithm]] = LOW_RANK | WHOLE
 """Every rule by the name that ``algorithm.name`` takes."""

@@ -21,6 +21,10 @@ class FedModel(nn.Module):
         """The channel groups, numbered layers, blocks and heads."""
         raise NotImplementedError
 
+    def legacy_anatomy(self) -> Anatomy:
+        """Every convolution a group of its own, residual streams or not; without any, the anatomy itself."""
+        return self.anatomy()
+
     def initialize(self, generator: torch.Generator) -> None:
         """Draws every parameter in the order of the modules, and resets the buffers."""
         raise NotImplementedError
@@ -33,6 +37,13 @@ def describe(make: Callable[[], Net]) -> Net:
     """The model on the meta device: shapes and names, no memory, nothing drawn."""
     with torch.device("meta"):
         return make()
+
+
+def drawn(described: FedModel, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Values for every parameter and buffer of a network on the meta device, by name, in the network's own order."""
+    model = copy.deepcopy(described).to_empty(device="cpu")
+    model.initialize(generator)
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
 def build(make: Callable[[], F], generator: torch.Generator, device: torch.device | str = "cpu") -> F:

@@ -242,6 +242,26 @@ class ExitResNet(ResNet):
         )
 
 
+class GrowingResNet(ResNet):
+    """ProgFed (Wang et al., 2022): a linear head after every stage; of those that are left the last one answers."""
+
+    def __init__(
+        self,
+        classes: int = 10,
+        norm: str = "batch",
+        stages: int = 4,
+        widths: Sequence[int] = WIDTHS,
+    ):
+        super().__init__(classes, 1.0, norm, 1.0, stages, widths)
+        self.heads = nn.ModuleDict({str(i): Head(self.widths[i - 1], classes) for i in range(1, stages + 1)})
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, classes)
+        x = self.stem(x)
+        for blocks in self.stages:
+            x = blocks(x)
+        return list(self.heads.values())[-1](x)
+
+
 def stage_rounds(rounds: int, stages: int = 4) -> tuple[int, ...]:
     """ProgFed's schedule (Wang et al., 2022): ``T / (2S)`` rounds for every stage but the last, which gets the rest."""
     early = rounds // (2 * stages)

@@ -5,10 +5,24 @@ rows come from and how an answer is scored; and a line here.
 """
 
 from fedllm.tasks.gsm8k import GSM8K, WordProblems
+from fedllm.tasks.images import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST, Prototypes, TinyImageNet
 from fedllm.tasks.task import Task
+from fedllm.tasks.wikitext import WikiText2
 
-TASKS: dict[str, type[Task]] = {
+TEXTS: dict[str, type[Task]] = {
     "gsm8k": GSM8K,
     "word_problems": WordProblems,
+}
+"""For language models: a prompt and its target."""
+
+TASKS: dict[str, type] = TEXTS | {
+    "cifar10": CIFAR10,
+    "cifar100": CIFAR100,
+    "svhn": SVHN,
+    "tiny_imagenet": TinyImageNet,
+    "mnist": MNIST,
+    "fashion_mnist": FashionMNIST,
+    "wikitext2": WikiText2,
+    "prototypes": Prototypes,
 }
 """Every task by the name that ``data.name`` takes."""

@@ -1,6 +1,7 @@
 """The client's side, by the kind of training: the table name -> settings of a worker."""
 
 from fedllm.workers.sft import SFT
+from fedllm.workers.vision import Vision
 
-WORKERS: dict[str, type] = {"sft": SFT}
+WORKERS: dict[str, type] = {"sft": SFT, "vision": Vision}
 """What ``worker.name`` takes."""

@@ -1,0 +1,331 @@
+"""A client that trains a whole network, or a part of one, by SGD. Plain PyTorch; nothing here knows an algorithm.
+
+The weights that arrive say which network they belong to (``fedllm.models.network.fitted``), so narrow, shallow, factorised
+and full clients share this code. Arrays fit in memory: batches are cut and augmented as tensors, without loader processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fedllm import folder, ledger
+from fedllm.core import Client, FedError, Model, Round, Tensors
+from fedllm.models.build import with_running_statistics
+from fedllm.models.network import Network, fitted, load, scaled
+from fedllm.tasks.arrays import Arrays, Examples, cross_entropy
+
+Loss = Callable[[Any, Tensor], Tensor]
+Phase = tuple[float, Callable[[str], bool]]
+"""A share of a round's steps, and which weights train in it, by name."""
+
+
+def everything(name: str) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Vision:
+    """How a client trains. The optimizer is new in every round, its momentum is never kept or sent.
+
+    Args:
+        epochs: passes over the client's examples in a round.
+        batch_size: examples a step; a last batch of one is dropped, batch norm cannot use it.
+        learning_rate: SGD's, constant inside a round.
+        final_learning_rate: what a schedule ends at.
+        schedule: of the learning rate across rounds.
+        momentum: SGD's.
+        weight_decay: SGD's, on every weight that trains.
+        max_grad_norm: the gradient is clipped to this norm; 0 for never.
+        test_batch_size: examples at once in a test; with norms on batch statistics the scores depend on it.
+        statistics: of the norms at a test: the ``batch``'s own, or ``static`` ones gathered before from training batches
+            with the weights to be tested (HeteroFL's sBN).
+        score: test accuracy over ``pooled`` examples, the mean over the ``clients``' own test examples, or ``both``.
+    """
+
+    epochs: float = 1.0
+    batch_size: int = 64
+    learning_rate: float = 0.1
+    final_learning_rate: float = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    max_grad_norm: float = 0.0
+    test_batch_size: int = 100
+    statistics: Literal["batch", "static"] = "batch"
+    score: Literal["pooled", "clients", "both"] = "pooled"
+
+    model_section: ClassVar[type] = Network
+    task_kind: ClassVar[type] = Arrays
+    exported: ClassVar[str] = "model"
+    whole: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "test_batch_size"):
+            if getattr(self, name) < 1:
+                raise FedError(f"worker.{name}={getattr(self, name)}: at least 1.")
+        if self.epochs <= 0:
+            raise FedError(f"worker.epochs={self.epochs}: more than 0.")
+
+    def federation(self, recipe: Any) -> Any:
+        """Examples, clients and plan of a recipe whose worker this is."""
+        from fedllm.workers.arrays import ArrayFederation
+
+        return ArrayFederation(recipe)
+
+    def export(self, place: Path, update: Tensors, recipe: Any) -> None:
+        """Writes the weights and, as JSON, what ``fedllm.models.network`` needs to build their network."""
+        place.mkdir(parents=True, exist_ok=True)
+        save_file(ledger.flatten(update), place / "model.safetensors")
+        task = recipe.data.task
+        described = {
+            "model": dataclasses.asdict(recipe.model),
+            "variant": recipe.algorithm.network,
+            "classes": task.classes,
+            "length": task.shape[0],
+        }
+        folder.write(place / "network.json", json.dumps(described, indent=1))
+
+    def steps_for(self, rows: int) -> int:
+        """Optimizer steps in a round for a client with this many examples."""
+        whole, rest = divmod(rows, self.batch_size)
+        return max(1, math.ceil(self.epochs * (whole + (rest > 1))))
+
+    def learning_rate_in(self, index: int, rounds: int) -> float:
+        """The learning rate of round ``index`` (from 1) of ``rounds``: ``m + (lr - m)(1 + cos(pi t / T)) / 2``."""
+        done = (index - 1) / max(rounds, 1)
+        shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": (1.0 + math.cos(math.pi * done)) / 2}[self.schedule]
+        return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * shape
+
+
+@dataclass(frozen=True)
+class Seat:
+    """The worker, standing for one client."""
+
+    worker: VisionWorker
+    client: Client
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in a round."""
+        return self.worker.settings.steps_for(len(self.worker.parts[self.client.id]))
+
+    @property
+    def model(self) -> Model:
+        """The network with the values that every client can draw from the run's seed, at no cost in bytes."""
+        return self.worker.model
+
+    @property
+    def labels(self) -> Tensor:
+        """The classes that this client has examples of, ascending; words, of a text."""
+        train, at = self.worker.train_set, self.worker.parts[self.client.id]
+        return (train.x if train.y is None else train.y)[at].unique().cpu()
+
+    def train(
+        self,
+        sent: Tensors,
+        memory: Tensors,
+        rnd: Round,
+        frozen: Tensors | None = None,
+        *,
+        loss: Loss = cross_entropy,
+        penalty: Callable[[nn.Module], Tensor] | None = None,
+        phases: Sequence[Phase] = ((1.0, everything),),
+        scale: float = 1.0,
+        alphas: Mapping[str, float] | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
+        """Trains ``sent`` on this client's examples.
+
+        Args:
+            sent: the weights that train, by name; integer buffers among them come back as they end.
+            memory: not used; it is returned.
+            frozen: further weights of the network, which do not train.
+            loss: of the network's output and the targets.
+            penalty: a term added to it, of the network.
+            phases: one after the other, their shares sum to 1; momentum goes on from one to the next.
+            scale: HeteroFL's scaler rate.
+            alphas: low-rank pairs among the weights -> LoRA's alpha.
+
+        Returns:
+            The trained weights under the names of ``sent``, the memory, and ``train_loss`` (mean over steps), ``steps``,
+            ``seconds``.
+        """
+        started = time.perf_counter()
+        worker, settings = self.worker, self.worker.settings
+        net = worker.fitted({**(frozen or {}), **sent}, alphas).train()
+        scaled(net, scale)
+        params = {name: p for name, p in net.named_parameters() if name in sent}
+        for name, p in net.named_parameters():
+            p.requires_grad_(name in sent)
+            p.grad = None
+        rate = settings.learning_rate_in(rnd.index, worker.rounds)
+        optimizer = torch.optim.SGD(params.values(), rate, settings.momentum, weight_decay=settings.weight_decay)
+        turns = _turns(phases, self.steps)
+        losses = []
+        with _own_randomness(rnd.rng("local", self.client.id).initial_seed(), worker.device):
+            for step, at in enumerate(self._batches(rnd)):
+                if step in turns:
+                    for name, p in params.items():
+                        p.requires_grad_(turns[step](name))
+                        p.grad = None  # a gradient of zero would still let momentum and decay move a frozen weight
+                x, y = worker.task.train_batch(worker.train_set, at, rnd.rng("augment", self.client.id, step))
+                value = loss(net(x.contiguous(memory_format=worker.layout(x))), y)
+                if penalty is not None:
+                    value = value + penalty(net)
+                optimizer.zero_grad(set_to_none=True)
+                value.backward()
+                if settings.max_grad_norm:
+                    nn.utils.clip_grad_norm_(params.values(), settings.max_grad_norm)
+                optimizer.step()
+                losses.append(value.detach())
+                worker.on_step(float(losses[-1]) if worker.device.type == "cpu" else None)
+        held = net.state_dict()
+        returned = {name: held[name].detach().to("cpu", copy=True).contiguous() for name in sent}
+        mean = float(torch.stack(losses).mean())
+        metrics = {"train_loss": mean, "steps": float(len(losses)), "seconds": time.perf_counter() - started}
+        return returned, dict(memory), metrics
+
+    def score(self, weights: Tensors, alphas: Mapping[str, float] | None = None) -> dict[str, float]:
+        """The task's scores of these weights on this client's own test examples; empty where it has none."""
+        at = self.worker.test_parts.get(self.client.id)
+        return {} if at is None or not len(at) else self.worker.measure(weights, at, alphas)
+
+    def _batches(self, rnd: Round) -> Iterator[Tensor]:
+        """Indices into the training examples, ``(B,)`` each; the order has a generator of its own."""
+        rows, size, rng = (
+            self.worker.parts[self.client.id],
+            self.worker.settings.batch_size,
+            rnd.rng("order", self.client.id),
+        )
+        done = 0
+        while True:
+            order = rows[torch.randperm(len(rows), generator=rng)]
+            for at in order.split(size):
+                if len(at) > 1 or len(rows) == 1:
+                    yield at
+                    done += 1
+                if done == self.steps:
+                    return
+
+
+def _turns(phases: Sequence[Phase], steps: int) -> dict[int, Callable[[str], bool]]:
+    """The step each phase begins at; an earlier one gets the odd step."""
+    turns, share = {}, 0.0
+    for part, trains in phases:
+        turns[math.ceil(share * steps - 1e-9)] = trains
+        share += part
+    return turns
+
+
+@contextmanager
+def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Dropout draws from the global generator: seeded for this block, and put back after it."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+class VisionWorker:
+    """The data, and a network of each shape that was asked for; it serves every client that this process stands for.
+
+    Args:
+        settings: how clients train.
+        task: makes batches of the examples.
+        model: the network; its weights have values.
+        train_set, test_set: the examples, moved to the device.
+        parts, test_parts: every client's indices into them, by client id.
+        rounds: rounds of the run, for the schedule.
+        on_step: called with the loss after every optimizer step, None where that would wait for a GPU.
+    """
+
+    def __init__(
+        self,
+        settings: Vision,
+        task: Arrays,
+        model: Model,
+        train_set: Examples,
+        test_set: Examples,
+        parts: Mapping[str, Sequence[int]],
+        test_parts: Mapping[str, Sequence[int]],
+        rounds: int,
+        device: torch.device,
+        on_step: Callable[[float | None], None] = lambda loss: None,
+    ) -> None:
+        self.settings, self.task, self.model, self.rounds, self.device = settings, task, model, rounds, device
+        self.train_set, self.test_set = train_set.to(device), test_set.to(device)
+        self.parts = {id: torch.tensor(part) for id, part in parts.items()}
+        self.test_parts = {id: torch.tensor(part) for id, part in test_parts.items()}
+        self.on_step = on_step
+        self._nets: dict[Any, nn.Module] = {}
+
+    def of(self, client: Client) -> Seat:
+        """This worker, standing for ``client``."""
+        return Seat(self, client)
+
+    def fitted(self, weights: Tensors, alphas: Mapping[str, float] | None = None) -> nn.Module:
+        """The network of these weights with their values in it; one of each shape is kept and filled again."""
+        assert self.model.make is not None
+        shape = (tuple((n, tuple(t.shape)) for n, t in sorted(weights.items())), tuple(sorted((alphas or {}).items())))
+        if shape not in self._nets:
+            net: Any = fitted(self.model.make(), weights, alphas).to(self.device)
+            self._nets[shape] = net.to(memory_format=torch.channels_last) if len(self.task.shape) == 3 else net
+        net = self._nets[shape]
+        load(net, weights)
+        return net
+
+    def layout(self, x: Tensor) -> torch.memory_format:
+        """Convolutions read images by pixel, channels innermost."""
+        return torch.channels_last if x.ndim == 4 else torch.contiguous_format
+
+    def evaluate(self, update: Tensors, alphas: Mapping[str, float] | None = None) -> Any:
+        """Scores of the network with these weights; of the one before training where there are none.
+
+        Weights that are not a whole network (what personal models share) have no score.
+        """
+        from fedllm.workers.text import Score
+
+        weights = update or self.model.weights
+        if not any(name.startswith(head) for head in self.model.anatomy.heads for name in weights):
+            return Score({}, [])
+        metrics: dict[str, float] = {}
+        if self.settings.score != "clients":
+            metrics |= self.measure(weights, torch.arange(len(self.test_set)), alphas)
+        if self.settings.score != "pooled":
+            each = [self.measure(weights, at, alphas) for at in self.test_parts.values() if len(at)]
+            metrics |= {
+                f"{key}_clients": sum(one[key] for one in each) / len(each) for key in (each[0] if each else ())
+            }
+        return Score(metrics, [])
+
+    @torch.no_grad()
+    def measure(self, weights: Tensors, at: Tensor, alphas: Mapping[str, float] | None = None) -> dict[str, float]:
+        """The task's scores on the test examples ``at``, in their order; several exits are averaged, and scored alone too."""
+        net = self.fitted(weights, alphas)
+        if self.settings.statistics == "static":
+            net = with_running_statistics(net).train()
+            for batch in torch.arange(len(self.train_set)).split(self.settings.test_batch_size):
+                net(self.task.test_batch(self.train_set, batch)[0])
+        net.eval()
+        tallies: list[Any] = []
+        exits: list[list[Any]] = []
+        for batch in at.split(self.settings.test_batch_size):
+            x, y = self.task.test_batch(self.test_set, batch)
+            z = net(x.contiguous(memory_format=self.layout(x)))
+            several = z if isinstance(z, tuple) else (z,)
+            tallies.append(self.task.tally(torch.stack(several).mean(0), x, y))
+            exits.append([self.task.tally(one, x, y) for one in several] if len(several) > 1 else [])
+        metrics = self.task.metrics(tallies)
+        for i, alone in enumerate(zip(*exits, strict=True), start=1):
+            metrics |= {f"exit{i}_{key}": value for key, value in self.task.metrics(alone).items() if key != "loss"}
+        return metrics
