@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median_low
 
 import torch
@@ -15,6 +15,10 @@ from fedllm.lowrank import LowRank
 
 LARGEST = 1e18
 """The largest norm of a factor, or of ``|B| |A|``, that is averaged: squares stay inside float32."""
+
+
+UNUSUAL = 10.0
+"""An update this many times larger or smaller than the cohort's median is remarked on."""
 
 
 def trained(reply: Reply) -> Tensors:
@@ -64,6 +68,52 @@ def admit(
                 f"the bound is {norm_bound:g} times."
             )
     return [reply for reply in admitted if reply.client.id not in refused], refused
+
+
+def suspects(
+    replies: Sequence[Reply], expected: Callable[[Reply], Tensors], before: Mapping[str, str], now: Mapping[str, str]
+) -> dict[str, str]:
+    """Of admitted replies, those that a person should look at, by client id, a sentence each. Nothing else is done.
+
+    Args:
+        before: digest of what each client returned the last time, by its id.
+        now: digest of what it returned this time.
+    """
+    norms = {reply.client.id: _distance(reply.returned, expected(reply)) for reply in replies}
+    middle = median_low(norms.values())
+    found = {}
+    for id, norm in norms.items():
+        if norm == 0:
+            found[id] = "It returned what it was sent: it has not trained."
+        elif before.get(id) == now[id]:
+            found[id] = "It returned, to the bit, what it returned the last time."
+        elif middle > 0 and not 1 / UNUSUAL < norm / middle < UNUSUAL:
+            times = norm / middle
+            found[id] = f"Its update's norm, {norm:.3g}, is {times:.3g} times the cohort's median, {middle:.3g}."
+    for reply in replies:
+        if all(_is_zero(value) for value in reply.returned.values()):
+            found[reply.client.id] = "It returned nothing but zeros."
+    return found
+
+
+def _is_zero(value: Tensor | LowRank) -> bool:
+    """Also where it is a product of factors of which one is not zero."""
+    return not bool(torch.count_nonzero(value.B if isinstance(value, LowRank) else value))
+
+
+def _distance(returned: Tensors, sent: Tensors) -> float:
+    """``moved`` for a warning: through Gram matrices in float64, which cost a hundredth of a QR."""
+    squares = 0.0
+    for name, start in sent.items():
+        end = returned[name]
+        if isinstance(end, LowRank) and isinstance(start, LowRank):
+            if not (torch.equal(end.B, start.B) and torch.equal(end.A, start.A)):
+                apart = end - start
+                B, A = apart.B.double(), apart.A.double()
+                squares += max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0)
+        elif isinstance(end, Tensor) and isinstance(start, Tensor):
+            squares += float((end.double() - start.double()).square().sum())
+    return math.sqrt(squares)
 
 
 def moved(returned: Tensors, sent: Tensors) -> float:

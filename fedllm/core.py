@@ -126,9 +126,11 @@ class Algorithm:
     Attributes:
         network: which variant of a network this rule trains whole (``plain``, or one of its paper's own); empty where it
             learns low-rank updates of a frozen model.
+        any_rank: ``aggregate`` takes products of any rank from a client, not only of the rank that it was sent.
     """
 
     network: ClassVar[str] = ""
+    any_rank: ClassVar[bool] = False
 
     def validate(self, clients: Sequence[Client]) -> None:
         """Raises FedError where these clients cannot take part in this algorithm; called before anything is loaded."""

@@ -11,12 +11,15 @@ from typing import Any
 
 from fedllm.core import FedError
 
+UNFINISHED = ".recipe.yaml.writing"
+"""The first thing a run writes, all that is there of one that was killed in its first instant."""
+
 
 def check(out: Path, *, resume: bool, overwrite: bool) -> None:
     """Raises FedError where a run must not write into ``out``; touches nothing."""
     if out.exists() and not out.is_dir():
         raise FedError(f"run.output={out} is a file: give the folder that the run is to make.")
-    if not out.is_dir() or not any(out.iterdir()):
+    if not out.is_dir() or all(path.name == UNFINISHED for path in out.iterdir()):
         return
     if not (out / "recipe.yaml").is_file():
         raise FedError(f"run.output={out} holds files that are not a run's: give an empty or new folder.")
@@ -27,12 +30,28 @@ def check(out: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def prepare(out: Path, recipe: str, partition: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Makes the folder with the resolved recipe and the partition in it; ``overwrite`` removes the run before."""
+    """Makes the folder with the resolved recipe and the partition in it; ``overwrite`` removes the run before.
+
+    The recipe marks the folder as a run's: it is written first and removed last, so that a run that is killed in
+    between leaves a folder that ``check`` still knows.
+    """
     if overwrite and (out / "recipe.yaml").is_file():
-        shutil.rmtree(out)
-    (out / "eval").mkdir(parents=True, exist_ok=True)
+        _empty(out)
+    out.mkdir(parents=True, exist_ok=True)
     write(out / "recipe.yaml", recipe)
+    (out / "eval").mkdir(exist_ok=True)
     write(out / "partition.json", json.dumps(partition, indent=1))
+
+
+def _empty(out: Path) -> None:
+    checkpoints = out / "checkpoint"
+    if checkpoints.is_dir() and not checkpoints.is_symlink():
+        checkpoints.rename(out / ".removing")  # at once: half a set of checkpoints is nobody's run
+    for path in sorted(out.iterdir(), key=lambda path: path.name == "recipe.yaml"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def write(file: Path, text: str) -> None:

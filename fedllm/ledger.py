@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import torch
@@ -47,6 +48,15 @@ def canonical(tensors: Tensors) -> dict[str, Tensor | LowRank]:
     run, or one on many processes, is then the same to the bit.
     """
     return unflatten(flatten(tensors))
+
+
+def digest(tensors: Tensors) -> str:
+    """16 hex digits that tell payloads apart: names, dtypes, shapes and every bit."""
+    state = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(flatten(tensors).items()):
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        state.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()
 
 
 def size(tensors: Tensors) -> int:

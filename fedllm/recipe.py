@@ -20,9 +20,14 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from fedllm.algorithms import ALGORITHMS
 from fedllm.core import Algorithm, FedError
+from fedllm.faults import Faults
 from fedllm.partition import IID, PARTITIONS
+from fedllm.robust import ROBUST, Trust
+from fedllm.rounds import Policy
 from fedllm.tasks import TASKS
 from fedllm.workers import WORKERS
+
+SECTIONS = ("run", "algorithm", "model", "data", "clients", "worker", "eval", "hub", "admission", "robust", "faults")
 
 PROFILES = {
     "moderate": (32, 24, 20, 16, 16, 12, 12, 12, 8, 8),
@@ -45,6 +50,11 @@ class Run:
         seed: of everything: weights of a random model, partition, cohorts, client training.
         plan: print who would train what, and stop.
         threads: of each process on the CPU; by default its share of the cores (``accelerate launch`` gives 1).
+        quorum: share of a cohort whose updates must be usable, in [0, 1]; one update is needed in any case.
+        attempts: how often a round is tried, each time with another cohort, before the run ends for want of a quorum.
+        deadline: seconds after which a client's update is too late; ``null`` waits for everybody.
+        on_client_error: an exception in a client's training, out of memory included, fails that client (``refuse``) or
+            ends the run with the traceback (``stop``).
         tracker: where the server logs the federation: ``auto`` takes trackio when it is installed.
     """
 
@@ -55,6 +65,10 @@ class Run:
     seed: int = 0
     plan: bool = False
     threads: int | None = None
+    quorum: float = 0.0
+    attempts: int = 3
+    deadline: float | None = None
+    on_client_error: Literal["refuse", "stop"] = "refuse"
     tracker: Literal["auto", "none", "trackio", "tensorboard", "wandb"] = "none"
 
 
@@ -170,6 +184,18 @@ class Hub:
 
 
 @dataclass(frozen=True)
+class Admission:
+    """What an update must be, beyond its names, shapes, ranks and finite values.
+
+    Args:
+        norm_bound: refuse an update that moved this many times as far as the cohort's median; ``null``: none is too
+            far.
+    """
+
+    norm_bound: float | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """All of one run. Frozen, complete, and printable: what is not written in the page is the default here."""
 
@@ -185,7 +211,17 @@ class Recipe:
     worker_name: str
     eval: Evaluation = field(default_factory=Evaluation)
     hub: Hub = field(default_factory=Hub)
+    admission: Admission = Admission()
+    robust_name: str = "none"
+    robust: Trust = Trust()
+    faults: Faults = Faults()
     page: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def policy(self) -> Policy:
+        """What a round needs to count."""
+        run = self.run
+        return Policy(run.quorum, run.attempts, run.deadline, self.admission.norm_bound, self.robust)
 
     @property
     def output(self) -> Path:
@@ -216,11 +252,11 @@ def load(arguments: Sequence[str]) -> Recipe:
 
 def build(name: str, page: Mapping[str, Any]) -> Recipe:
     """The recipe that a resolved page of plain values describes."""
-    sections = ("run", "algorithm", "model", "data", "clients", "worker", "eval", "hub")
-    _known(page, sections, "")
+    _known(page, SECTIONS, "")
     run = _typed(Run, page.get("run"), "run")
     run = dataclasses.replace(run, output=run.output or f"runs/{name}")
     algorithm_name, algorithm = _named(ALGORITHMS, page.get("algorithm"), "algorithm", default="fedhl")
+    robust_name, robust = _named(ROBUST, page.get("robust"), "robust", default="none")
     worker_name, worker = _named(WORKERS, page.get("worker"), "worker", default="sft")
     own = _section(page.get("data"), "data")
     common = {f.name for f in dataclasses.fields(Data)} - {"task"}
@@ -243,6 +279,10 @@ def build(name: str, page: Mapping[str, Any]) -> Recipe:
         worker_name=worker_name,
         eval=_typed(Evaluation, page.get("eval"), "eval"),
         hub=_typed(Hub, page.get("hub"), "hub"),
+        admission=_typed(Admission, page.get("admission"), "admission"),
+        robust_name=robust_name,
+        robust=robust,
+        faults=_typed(Faults, page.get("faults"), "faults"),
     )
     _belong_together(recipe)
     _in_range(recipe)
@@ -378,7 +418,12 @@ def _belong_together(recipe: Recipe) -> None:
 
 
 def _in_range(recipe: Recipe) -> None:
+    deadline, bound = recipe.run.deadline, recipe.admission.norm_bound
     checks = [
+        (0 <= recipe.run.quorum <= 1, f"run.quorum={recipe.run.quorum} is not in [0, 1]: it is a share of the cohort."),
+        (recipe.run.attempts >= 1, f"run.attempts={recipe.run.attempts}: a round is tried once at least."),
+        (deadline is None or deadline > 0, f"run.deadline={deadline}: seconds, more than 0, or null."),
+        (bound is None or bound > 0, f"admission.norm_bound={bound}: more than 0, or null."),
         (recipe.run.rounds >= 1, f"run.rounds={recipe.run.rounds}: at least 1 round is needed."),
         (
             0 < recipe.clients.participation <= 1,
@@ -412,6 +457,9 @@ def _page(recipe: Recipe, partition: str) -> dict[str, Any]:
         "worker": {"name": recipe.worker_name} | _plain(recipe.worker),
         "eval": _plain(recipe.eval),
         "hub": _plain(recipe.hub),
+        "admission": _plain(recipe.admission),
+        "robust": {"name": recipe.robust_name} | _plain(recipe.robust),
+        "faults": _plain(recipe.faults),
     }
 
 

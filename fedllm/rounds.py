@@ -2,17 +2,56 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fedllm import ledger
-from fedllm.admission import admit
+from fedllm.admission import admit, suspects
 from fedllm.core import Algorithm, Client, Failed, FedError, Fleet, Job, Reply, Round, Tensors, Worker
+from fedllm.lowrank import LowRank
 from fedllm.progress import Display
+from fedllm.robust import Trust
+
+Finished = tuple[Reply | Failed, Tensors]
+"""What a fleet yields: how a client's part ended, and its new memory."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a round needs to count.
+
+    Args:
+        quorum: share of the cohort whose updates must be usable; one update at least.
+        attempts: how often a round is tried, each time with another cohort, before the run ends.
+        deadline: seconds after which a client's update is too late; ``None`` waits for everybody.
+        norm_bound: see ``admit``.
+        robust: the guard between admission and the average.
+    """
+
+    quorum: float = 0.0
+    attempts: int = 3
+    deadline: float | None = None
+    norm_bound: float | None = None
+    robust: Trust = Trust()
+
+    def least(self, cohort: int) -> int:
+        """Usable updates that a cohort of this size must give."""
+        return max(1, self.robust.least, math.ceil(self.quorum * cohort - 1e-9))
+
+
+class Interrupted(FedError):
+    """Somebody asked the run to stop. ``finished`` is what the clients of round ``rnd`` had done by then."""
+
+    def __init__(self, rnd: Round, finished: Sequence[Finished]) -> None:
+        super().__init__(
+            f"stopped in round {rnd.index} with {len(finished)} clients done: run.resume=true goes on from there."
+        )
+        self.rnd, self.finished = rnd, finished
 
 
 @dataclass(frozen=True)
@@ -39,26 +78,125 @@ def federate(
     rounds: int,
     seed: int,
     participation: float = 1.0,
+    policy: Policy = Policy(),
+    records: Sequence[Mapping[str, Any]] = (),
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Outcome]:
-    """Yields the outcome of rounds ``first`` to ``rounds``. Resuming is calling it with what the last outcome held."""
+    """Yields the outcome of rounds ``first`` to ``rounds``. Resuming is calling it with what the last outcome held.
+
+    Args:
+        records: of the rounds before, to tell an update that came before.
+        stop: asked after every client; where it says so, the loop ends in ``Interrupted``.
+    """
+    seen = {id: client["digest"] for record in records for id, client in record["clients"].items()}
     for index in range(first, rounds + 1):
         started = time.perf_counter()
-        rnd = Round(index, seed, rounds=rounds)
-        cohort = sample(clients, participation, rnd)
-        display.round(index, [(client.id, client.rank, worker.of(client).steps) for client in cohort])
-        jobs = [Job(c, ledger.canonical(algorithm.download(state, c, rnd)), memories.get(c.id, {})) for c in cohort]
-        finished = list(fleet.run(algorithm, worker, jobs, rnd))
-        failed = {done.client.id: done.reason for done, _ in finished if isinstance(done, Failed)}
-        replies, refused = admit([done for done, _ in finished if isinstance(done, Reply)], algorithm.expected)
-        refused = failed | refused
-        if not replies:
-            reasons = "; ".join(f"{id}: {reason}" for id, reason in refused.items())
-            raise FedError(f"round {index}: no update of the cohort can be used, so there is nothing to average. {reasons}")
-        record = _record(algorithm, state, rnd, replies, refused)
-        state = ledger.canonical(algorithm.aggregate(state, replies, rnd))
-        memories = {**memories, **{reply.client.id: ledger.canonical(memory) for reply, memory in finished if memory}}
+
+        def play(rnd: Round, state: Tensors = state, memories: Mapping[str, Tensors] = memories) -> Played:
+            cohort = sample(clients, participation, rnd)
+            display.round(rnd.index, [(client.id, client.rank, worker.of(client).steps) for client in cohort])
+            sent = {c.id: ledger.canonical(algorithm.download(state, c, rnd)) for c in cohort}
+            jobs = [Job(client, sent[client.id], memories.get(client.id, {})) for client in cohort]
+            finished: list[Finished] = []
+            for done in fleet.run(algorithm, worker, jobs, rnd):
+                finished.append(done)
+                if stop():
+                    raise Interrupted(rnd, finished)
+            return Played(rnd, jobs, finished, *_usable(algorithm, finished, policy))
+
+        played = _played(
+            play, [Round(index, seed, rounds=rounds, attempt=k) for k in range(policy.attempts)], policy, stop
+        )
+        *short, good = played
+        kept, notes = policy.robust.guard(algorithm, good.replies)
+        record = _record(algorithm, state, good, kept)
+        now = {id: client["digest"] for id, client in record["clients"].items()}
+        record |= {
+            "suspect": suspects(good.replies, algorithm.expected, seen, now),
+            "robust": notes,
+            "repeated": [attempt.refused for attempt in short],
+            "bytes_wasted": _wasted(played),
+        }
+        state = ledger.canonical(algorithm.aggregate(state, kept, good.rnd))
+        _check(state, good.rnd)
+        usable = {reply.client.id for reply in good.replies}  # a refused client goes on from what it remembered before
+        after = {done.client.id: memory for done, memory in good.finished if memory and done.client.id in usable}
+        memories = {**memories, **{id: ledger.canonical(memory) for id, memory in after.items()}}
+        seen |= now
         record["seconds"] = time.perf_counter() - started
-        yield Outcome(rnd, state, memories, replies, record)
+        yield Outcome(good.rnd, state, memories, good.replies, record)
+
+
+@dataclass(frozen=True)
+class Played:
+    """One attempt at a round: what was sent, what came back, what of it may be averaged, and why the rest may not."""
+
+    rnd: Round
+    jobs: Sequence[Job]
+    finished: Sequence[Finished]
+    replies: Sequence[Reply]
+    refused: Mapping[str, str]
+
+
+def _played(
+    play: Callable[[Round], Played], attempts: Sequence[Round], policy: Policy, stop: Callable[[], bool]
+) -> list[Played]:
+    """Attempts at a round, of which the last has its quorum.
+
+    Raises:
+        FedError: where none of them has.
+    """
+    played: list[Played] = []
+    for rnd in attempts:
+        if stop():
+            raise Interrupted(rnd, [])
+        played.append(play(rnd))
+        if len(played[-1].replies) >= policy.least(len(played[-1].jobs)):
+            return played
+    last = played[-1]
+    reasons = " ".join(f"{id}: {reason}" for id, reason in list(last.refused.items())[:5])
+    raise FedError(
+        f"round {last.rnd.index}: fewer than {policy.least(len(last.jobs))} usable updates in {len(played)} attempts. "
+        f"The last time: {reasons} Round {last.rnd.index - 1} is kept, and run.resume=true goes on from there once the "
+        "clients can. run.quorum is the share of a cohort that must answer, run.attempts how often a round is tried."
+    )
+
+
+def _usable(algorithm: Algorithm, finished: Sequence[Finished], policy: Policy) -> tuple[list[Reply], dict[str, str]]:
+    """The replies that may be averaged, and the others' ids with the reason."""
+    refused = {done.client.id: done.reason for done, _ in finished if isinstance(done, Failed)}
+    in_time = []
+    for reply in [done for done, _ in finished if isinstance(done, Reply)]:
+        seconds = reply.metrics.get("seconds", 0.0)
+        if policy.deadline is not None and seconds > policy.deadline:
+            refused[reply.client.id] = f"It took {seconds:.1f} s, and the deadline is {policy.deadline:g} s."
+        else:
+            in_time.append(reply)
+    replies, unfit = admit(in_time, algorithm.expected, norm_bound=policy.norm_bound)
+    return replies, refused | unfit
+
+
+def _wasted(played: Sequence[Played]) -> dict[str, int]:
+    """Bytes down and up that served nothing: to and from refused clients, and all of an attempt without its quorum."""
+    bytes = {"down": 0, "up": 0}
+    for attempt in played:
+        used = {reply.client.id for reply in attempt.replies} if attempt is played[-1] else set()
+        bytes["down"] += sum(ledger.size(job.sent) for job in attempt.jobs if job.client.id not in used)
+        back = [done for done, _ in attempt.finished if isinstance(done, Reply) and done.client.id not in used]
+        bytes["up"] += sum(ledger.size(reply.returned) for reply in back)
+    return bytes
+
+
+def _check(state: Tensors, rnd: Round) -> None:
+    """Raises FedError where the state has become useless: the round is not saved, the one before it is kept."""
+    for name, value in state.items():
+        for tensor in (value.B, value.A) if isinstance(value, LowRank) else (value,):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise FedError(
+                    f"round {rnd.index}: the aggregate of {name} is no longer finite, so the round does not count. "
+                    "Bound what a client may send (admission.norm_bound, robust.name=clip) and continue with "
+                    "run.resume=true."
+                )
 
 
 def sample(clients: Sequence[Client], participation: float, rnd: Round) -> list[Client]:
@@ -81,10 +219,9 @@ def own_scores(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {key: sum(own[key] for own in last.values()) / len(last) for key in keys}
 
 
-def _record(
-    algorithm: Algorithm, state: Tensors, rnd: Round, replies: Sequence[Reply], refused: Mapping[str, str]
-) -> dict[str, Any]:
+def _record(algorithm: Algorithm, state: Tensors, played: Played, kept: Sequence[Reply]) -> dict[str, Any]:
     """The round's line in ``rounds.jsonl``; without its seconds and scores, which are not known yet."""
+    rnd, replies = played.rnd, played.replies
     rows = sum(reply.client.num_samples for reply in replies)
     per_client = {
         reply.client.id: {
@@ -93,18 +230,19 @@ def _record(
             **reply.metrics,
             "bytes_down": ledger.size(reply.sent),
             "bytes_up": ledger.size(reply.returned),
+            "digest": ledger.digest(reply.returned),
         }
         for reply in replies
     }
     return {
         "round": rnd.index,
         "train_loss": sum(r.metrics.get("train_loss", 0.0) * r.client.num_samples for r in replies) / rows,
-        "weights": algorithm.shares(state, replies),
+        "weights": dict.fromkeys(per_client, 0.0) | algorithm.shares(state, kept),
         "truncation_error": {reply.client.id: algorithm.truncated(state, reply.client) for reply in replies},
         "bytes_down": sum(client["bytes_down"] for client in per_client.values()),
         "bytes_up": sum(client["bytes_up"] for client in per_client.values()),
         "seconds": 0.0,
         "clients": per_client,
-        "refused": dict(refused),
+        "refused": dict(played.refused),
         "eval": {},
     }

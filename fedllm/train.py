@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             torch.set_num_threads(recipe.run.threads or max(1, len(os.sched_getaffinity(0)) // processes.local_size))
             serve(processes, lambda: _hand(recipe)) if processes.rank else train(recipe, processes)
     except (FedError, KeyboardInterrupt) as error:
-        print(f"fedllm: {str(error) or 'stopped at once: run.resume=true goes on from the last finished round.'}", file=sys.stderr)
+        at_once = "stopped at once: run.resume=true goes on from the last finished round."
+        print(f"fedllm: {str(error) or at_once}", file=sys.stderr)
         return 2 if isinstance(error, FedError) and not isinstance(error, Interrupted) else 130
     return 0
 

@@ -70,8 +70,8 @@ def test_any_number_of_processes_gives_the_same_run_to_the_bit(size: int, alone:
     done = launch(size, tmp_path)
     assert done.returncode == 0, done.stderr
     assert outcome(tmp_path / "run") == outcome(alone)
-    checkpoint = json.loads((tmp_path / "run/checkpoint/round_0002/checkpoint.json").read_text())
-    assert checkpoint["clients"] == ["c0", "c1", "c2", "c3"]  # every client's optimizer came back with its reply
+    manifest = (tmp_path / "run/checkpoint/round_0002/checkpoint.json").read_text()
+    assert json.loads(manifest.partition("\n")[2])["clients"] == ["c0", "c1", "c2", "c3"]  # their optimizers came back
     assert sum(line.startswith("round ") for line in done.stdout.splitlines()) == 2  # one process speaks
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ class FlexLoRA(Algorithm):
     State: ``W/name``, the served update; ``top/name``, its best approximation of rank ``r_max``; ``error/name``,
     ``|| W - W^(r) ||_F`` for ``r = 0 ... r_max``; and ``r_max`` itself, the largest rank of all clients.
     """
+
+    any_rank: ClassVar[bool] = True
 
     def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
         state: dict[str, Tensor | LowRank] = {"r_max": torch.tensor(max(client.rank for client in clients))}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors, names_of, under, within
 from fedllm.lowrank import LowRank, cheapest, fill, plus
@@ -18,6 +18,8 @@ class FLoRA(Algorithm):
     Client i is sent all of ``W``, frozen, and an adapter of its rank with a random A and ``B = 0``. The broadcast grows
     by ``sum r_i`` ranks a round, until the dense matrix is smaller. ``p_i = n_i / n``.
     """
+
+    any_rank: ClassVar[bool] = True
 
     def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
         return {name: model.update.get(name, LowRank.zeros(*W.shape)) for name, W in model.weights.items()}
