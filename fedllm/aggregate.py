@@ -160,8 +160,14 @@ def _reply(algorithm: Algorithm, state: Tensors, client: Client, adapter: Adapte
     """What the client was sent, each module at its folder's rank, and what it returned."""
     ranks = {name: update.rank for name, update in adapter.updates.items()}
     sent = {r: algorithm.download(state, dataclasses.replace(client, rank=r), _ROUND) for r in set(ranks.values())}
-    rank_of = {name: ranks[name.rpartition("/")[2]] for name in sent[client.rank]}  # GROUP/MODULE
-    return Reply(client, {name: sent[r][name] for name, r in rank_of.items()}, adapter.updates)
+    rank_of = {name: ranks.get(name.rpartition("/")[2], client.rank) for name in sent[client.rank]}  # GROUP/MODULE
+    reply = Reply(client, {name: sent[r][name] for name, r in rank_of.items()}, adapter.updates)
+    if algorithm.expected(reply).keys() != adapter.updates.keys():
+        raise FedError(
+            f"clients of {type(algorithm).__name__} return other things than adapters, so folders of adapters "
+            f"cannot be aggregated by it: take another rule of {', '.join(LOW_RANK)}."
+        )
+    return reply
 
 
 def _exported(name: str, W: LowRank | Tensor, rank: int | None) -> LowRank:

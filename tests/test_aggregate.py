@@ -179,6 +179,7 @@ CASES: dict[str, list[tuple[str, list[str], str | None, Any]]] = {
     "zero_padding": [("mixed", [], None, by_factors), ("mixed", [], "wide", by_factors)],
     "flexlora": [("mixed", [], None, by_products), ("mixed", [], "wide", by_products)],
     "flora": [("mixed", [], None, by_products), ("mixed", [], "wide", lambda p, n, g: by_products(p, n, g))],
+    **{rule: [("equal", [], None, by_factors)] for rule in ("fedlora_avg", "fedloru", "pfedloru")},
     "fedhl": [
         ("mixed", [], None, lambda p, n: fedhl(p, None)),
         ("mixed", [], "wide", lambda p, n, g: fedhl(p, g)),
@@ -190,7 +191,13 @@ CASES: dict[str, list[tuple[str, list[str], str | None, Any]]] = {
 
 
 def test_no_rule_is_left_out() -> None:
-    assert CASES.keys() == LOW_RANK.keys()
+    assert LOW_RANK.keys() - CASES.keys() == {"mfedloru"}, "see the next test"
+
+
+def test_a_rule_whose_clients_return_no_adapters_says_so(folders: dict[str, list[Path]], tmp_path: Path) -> None:
+    with pytest.raises(FedError, match="MFedLoRU return other things than adapters"):
+        aggregate("mfedloru", folders["equal"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -228,7 +235,7 @@ def test_samples_are_equal_by_default(
     agrees(tmp_path / "out", by_products(folders["mixed"], [1, 1, 1]), base, recwarn)
 
 
-@pytest.mark.parametrize("rule", LOW_RANK)
+@pytest.mark.parametrize("rule", CASES)
 @pytest.mark.parametrize("rank", [1, 3, 16])
 def test_a_rank_makes_it_the_best_approximation(
     rule: str, rank: int, folders: dict[str, list[Path]], base: LlamaForCausalLM, tmp_path: Path, recwarn: Any
@@ -236,7 +243,7 @@ def test_a_rank_makes_it_the_best_approximation(
     """16 is v_proj's own height, and more than what some rules return: the written rank is 16 all the same."""
     paths = folders["equal"]
     whole = {"fedhl": lambda: fedhl(paths, None), "fedit": lambda: by_factors(paths, SAMPLES)}
-    whole |= {"zero_padding": whole["fedit"]}
+    whole |= dict.fromkeys(("zero_padding", "fedlora_avg", "fedloru", "pfedloru"), whole["fedit"])
     dense = whole.get(rule, lambda: by_products(paths, SAMPLES))()
     aggregate(rule, paths, tmp_path / "out", samples=SAMPLES, rank=rank)
     agrees(tmp_path / "out", {name: best(W, rank) for name, W in dense.items()}, base, recwarn)
@@ -294,7 +301,7 @@ def test_fedhl_compares_each_module_with_what_its_own_rank_was_sent(base: LlamaF
         assert np.linalg.norm(update.dense().double().numpy() - wanted) <= 1e-5 * np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize("rule", LOW_RANK)
+@pytest.mark.parametrize("rule", CASES)
 def test_alpha_cancels(rule: str, base: LlamaForCausalLM, tmp_path: Path, folders: dict[str, list[Path]]) -> None:
     """Doubling alpha and halving B is the same adapter, to the bit: powers of two."""
     paths = folders["equal"]
@@ -312,7 +319,7 @@ def test_alpha_cancels(rule: str, base: LlamaForCausalLM, tmp_path: Path, folder
         assert torch.equal(update.B, twice.update[name].B) and torch.equal(update.A, twice.update[name].A)
 
 
-@pytest.mark.parametrize("rule", LOW_RANK)
+@pytest.mark.parametrize("rule", CASES)
 def test_its_own_output_can_be_the_round_before(rule: str, folders: dict[str, list[Path]], tmp_path: Path) -> None:
     aggregate(rule, folders["equal"], tmp_path / "one")
     aggregate(rule, folders["equal"], tmp_path / "two", global_=tmp_path / "one")

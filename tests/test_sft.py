@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fedllm.algorithms import LOW_RANK
-from fedllm.core import Client, FedError, Model, Round
+from fedllm.core import Client, FedError, Model, Reply, Round
 from fedllm.inference import generate, held_out_loss
 from fedllm.lowrank import LowRank, fill
 from fedllm.models.language import LanguageModel, load, skeleton, tokenizer
@@ -245,7 +245,7 @@ def test_held_out_loss_is_the_mean_over_completion_tokens():
 
 
 def test_all_rules_run_a_round():
-    worker = make(SFT(steps=1, batch_size=2))
+    worker = make(SFT(steps=2, batch_size=2))
     shapes = target_shapes(skeleton(PICO), worker.settings.targets)
     model = Model({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
     for name, rule in LOW_RANK.items():
@@ -254,4 +254,4 @@ def test_all_rules_run_a_round():
         state = algorithm.init(model, [client])
         sent = algorithm.download(state, client, Round(1, 0))
         returned, _, metrics = algorithm.local(worker.of(client), sent, {}, Round(1, 0))
-        assert set(returned) == set(shapes) and metrics["steps"] == 1, name
+        assert set(algorithm.trained(Reply(client, sent, returned))) == set(shapes) and metrics["steps"] == 2, name

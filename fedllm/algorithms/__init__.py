@@ -3,8 +3,11 @@
 from fedllm.algorithms.fedavg import FedAvg
 from fedllm.algorithms.fedhl import FedHL
 from fedllm.algorithms.fedit import FedIT
+from fedllm.algorithms.fedloru import FedLoRAAvg, FedLoRU
 from fedllm.algorithms.flexlora import FlexLoRA
 from fedllm.algorithms.flora import FLoRA
+from fedllm.algorithms.mfedloru import MFedLoRU
+from fedllm.algorithms.pfedloru import PFedLoRU
 from fedllm.algorithms.zero_padding import ZeroPadding
 from fedllm.core import Algorithm
 
@@ -14,6 +17,10 @@ LOW_RANK: dict[str, type[Algorithm]] = {
     "flexlora": FlexLoRA,
     "flora": FLoRA,
     "fedhl": FedHL,
+    "fedlora_avg": FedLoRAAvg,
+    "fedloru": FedLoRU,
+    "pfedloru": PFedLoRU,
+    "mfedloru": MFedLoRU,
 }
 """Rules on low-rank updates of a frozen model."""
 
