@@ -77,8 +77,8 @@ def read(file: Path) -> list[Row]:
     return rows
 
 
-def hub(name: str, subset: str | None, revision: str | None) -> Sources:
-    """The splits of a data set on the Hub. Only data files: ``datasets`` runs no loading script.
+def hub(name: str, subset: str | None, revision: str | None, files: str | None = None) -> Sources:
+    """The splits of a data set on the Hub, or with ``name`` a format such as ``json``, of files at an address. Only data files: ``datasets`` runs no loading script.
 
     Raises:
         FedError: the library is missing.
@@ -90,10 +90,10 @@ def hub(name: str, subset: str | None, revision: str | None) -> Sources:
     except ImportError as error:
         raise FedError(f"{name} is on the Hub, and the package 'datasets' is not installed. {remedy}") from error
     try:
-        splits = load_dataset(name, subset, revision=revision)
+        splits = load_dataset(name, subset, revision=revision, **({"data_files": files} if files else {}))
     except Exception as error:  # the client's errors come from five libraries; to the user they are one
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Unreachable(f"The data set {name} could not be had from the Hub ({reason}). {remedy}") from error
+        raise Unreachable(f"The data set {files or name} could not be had from the Hub ({reason}). {remedy}") from error
     return {split: splits[split].to_list for split in SPLITS if split in splits}
 
 

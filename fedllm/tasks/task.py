@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fedllm.core import FedError
 from fedllm.tasks import rows as corpus
@@ -28,6 +28,9 @@ class Task:
         metrics: the keys of `score`, the one to report first.
         max_new_tokens: enough for the longest target.
         extraction: version of the rules by which `score` reads an answer; it belongs beside every published number.
+        templates: the fields that are templates over a row's columns.
+        runs_code: scoring runs what the model wrote, so a recipe has to allow it.
+        by: a column whose values are reported apart.
     """
 
     prompt_template: str
@@ -40,9 +43,12 @@ class Task:
     metrics: ClassVar[tuple[str, ...]]
     max_new_tokens: ClassVar[int]
     extraction: ClassVar[str]
+    templates: ClassVar[tuple[str, ...]] = ("prompt_template", "target_template")
+    runs_code: ClassVar[bool] = False
+    by: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
-        for key in ("prompt_template", "target_template"):
+        for key in self.templates:
             _placeholders(getattr(self, key), key)
         if "" in self.stop:
             raise FedError("stop: an empty text would end every answer before it begins.")
@@ -61,7 +67,7 @@ class Task:
             FedError: what is missing, empty or malformed, with the row's number.
         """
         where = f"data.path={path}" if path is not None else self._origin()
-        sources = self._sources() if path is None else corpus.local(path)
+        sources = self._sources() if path is None else self._local(path)
         found = corpus.choose(sources, split, self.held_out, self.held_out_seed, where)
         if not found:
             raise FedError(f"The {split} split of {where} is empty: there is nothing to {_USE[split]}.")
@@ -85,6 +91,16 @@ class Task:
         """Each of `metrics` for one generated answer, from 0 to 1."""
         raise NotImplementedError
 
+    def score_all(
+        self, generated: Sequence[str], rows: Sequence[Row], accept_missing: Sequence[str] = ()
+    ) -> list[dict[str, Any]]:
+        """`score` for each answer; a task that runs programs runs them at once, and adds what became of each.
+
+        Args:
+            accept_missing: the sandbox's guarantees to do without, where `runs_code`.
+        """
+        return [self.score(text, row) for text, row in zip(generated, rows, strict=True)]
+
     def summary(self, scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """Each of `metrics` over a test set: the mean."""
         if not scores:
@@ -100,6 +116,10 @@ class Task:
         ends = [generated.find(stop) for stop in self.stop if stop in generated]
         return generated[: min(ends)] if ends else generated
 
+    def _local(self, path: str) -> Sources:
+        """Where rows come from when a path is given."""
+        return corpus.local(path)
+
     def _origin(self) -> str:
         """The task's own source, in words."""
         raise NotImplementedError
@@ -109,9 +129,7 @@ class Task:
         raise NotImplementedError
 
     def _missing(self, row: Row) -> str | None:
-        used = [
-            field for key in ("prompt_template", "target_template") for field in _placeholders(getattr(self, key), key)
-        ]
+        used = [field for key in self.templates for field in _placeholders(getattr(self, key), key)]
         for column in dict.fromkeys([*self.columns, *used]):
             if column not in row:
                 return f"there is no column {column!r}.{corpus.suggest(column, row)}"
