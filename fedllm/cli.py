@@ -53,6 +53,23 @@ def report(arguments: list[str]) -> int:
     return 0
 
 
+def sweep(arguments: list[str]) -> int:
+    """fedllm sweep PAGE [a.b=c ...] [--out DIR] [--plan] [--jobs N]: rules x seeds x profiles, resumably"""
+    from fedllm.train import hush
+
+    hush()
+    from fedllm.sweep import main as run
+
+    return run(arguments)
+
+
+def compare(arguments: list[str]) -> int:
+    """fedllm compare RUN... [--out DIR]: tables with mean ± std over seeds, curves, bytes to reach a score"""
+    from fedllm.compare import main as run
+
+    return run(arguments)
+
+
 def push(arguments: list[str]) -> int:
     """fedllm push RUN [--repo OWNER/NAME] [--dry-run] [--public] [--merged]: adapter and model card to the Hub"""
     from fedllm.train import hush
@@ -76,6 +93,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": plan,
     "aggregate": aggregate,
     "report": report,
+    "sweep": sweep,
+    "compare": compare,
     "push": push,
     "methods": methods,
 }

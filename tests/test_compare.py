@@ -1,0 +1,221 @@
+"""The comparison of runs, on folders made here: every number in the tables is computed by hand beside it."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fedllm import compare
+from fedllm.compare import Cell
+from fedllm.core import FedError
+
+RANKS = {"c0": 8, "c1": 2}
+
+
+def a_run(folder: Path, rule: str, seed: int, losses: list[float], scores: list[float], **more) -> Path:
+    """A finished run's folder: ``losses`` and ``scores`` by round, 100 bytes down and 50 up in each."""
+    ranks = more.pop("ranks", RANKS)
+    total, rows = more.pop("rounds", len(losses)), more.pop("rows", [])
+    moved = more.pop("moved", 100)
+    folder.mkdir(parents=True)
+    recipe = {
+        "run": {"rounds": total, "seed": seed, "output": str(folder)},
+        "algorithm": {"name": rule},
+        "model": {"name": "pico"},
+        "data": {"name": "word_problems", **more.pop("data", {})},
+        "clients": {"rank": list(ranks.values())},
+        **more,
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "partition.json").write_text(
+        json.dumps({"clients": {c: {"rank": r, "rows": 5} for c, r in ranks.items()}})
+    )
+    records = [
+        {"round": i, "train_loss": 2 * loss, "bytes_down": moved, "bytes_up": moved // 2, "seconds": 1.0,
+         "clients": {c: {"rank": r, "rows": 5} for c, r in ranks.items()}, "eval": {"loss": loss, "exact_match": score}}
+        for i, (loss, score) in enumerate(zip(losses, scores, strict=True), start=1)
+    ]  # fmt: skip
+    (folder / "rounds.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "summary.json").write_text(json.dumps({"rows": rows}))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path) -> list[Path]:
+    """Two rules, three seeds; the second rule is the better one by 0.1, 0.2 and 0.3 of the rows."""
+    base = [{"name": "base model", "loss": 3.0, "exact_match": 0.0}]
+    found = []
+    for seed, (one, two) in enumerate([(0.2, 0.3), (0.3, 0.5), (0.4, 0.7)]):
+        found.append(a_run(tmp_path / f"a{seed}", "fedit", seed, [2.0, 1.0], [0.1, one], rows=base))
+        found.append(a_run(tmp_path / f"b{seed}", "fedhl", seed, [0.9, 0.8], [0.1, two], moved=400))
+    return found
+
+
+def cells_of(page: str, title: str) -> list[list[str]]:
+    """The rows of the first table under a heading."""
+    lines = page.split(f"## {title}\n")[1].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    body = [line for line in lines[start:] if line.startswith("|")]
+    end = next((i for i, line in enumerate(lines[start:]) if not line.startswith("|")), len(body))
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in body[:end]]
+
+
+def test_the_table_by_hand(runs, tmp_path):
+    """fedit: 20, 30, 40 % are 30 ± 10; fedhl: 30, 50, 70 % are 50 ± 20. Gaps 10, 20, 30: t = 20 / (10 / sqrt 3)."""
+    page = compare.write(runs, tmp_path / "out").read_text()
+    table = cells_of(page, "Exact match")
+    assert table[0] == ["%", "mean ± std"]
+    assert ["fedit", "30.0 ± 10.0"] in table and ["fedhl", "**50.0 ± 20.0**"] in table
+    assert ["_base model_", "0.0 ± 0.0"] in table
+    # with two degrees of freedom the t distribution is in closed form: 2 sf(t) = 1 - t / sqrt(2 + t^2)
+    t = math.sqrt(12)
+    assert f"paired t-test over 3 seeds, p = {1 - t / math.sqrt(2 + t * t):.2g}), not significant" in page
+    assert "With 3 seeds a test has next to no power" in page
+    loss = cells_of(page, "Loss")
+    assert ["fedhl", "**0.800 ± 0.000**"] in loss and ["fedit", "1.000 ± 0.000"] in loss
+
+
+def test_bytes_to_reach_by_hand(runs, tmp_path):
+    """The loss all reached is 1.0: fedit after round 2, 2 * 150 bytes; fedhl after round 1, 600 bytes."""
+    page = compare.write(runs, tmp_path / "out").read_text()
+    assert cells_of(page, "Bytes to reach a score") == [
+        ["", "loss at most 1"], ["---", "---:"], ["fedit", "300 B"], ["fedhl", "600 B"],
+    ]  # fmt: skip
+    page = compare.write(runs, tmp_path / "out", target="exact_match=0.3").read_text()
+    # fedit reaches 30 % with seeds 1 and 2, after two rounds; fedhl always, after two rounds of 600 bytes
+    assert cells_of(page, "Bytes to reach a score")[2:] == [["fedit", "300 B (2 of 3 seeds)"], ["fedhl", "1.2 kB"]]
+    page = compare.write(runs, tmp_path / "out", target="exact_match=0.9").read_text()
+    assert cells_of(page, "Bytes to reach a score")[2:] == [["fedit", "never"], ["fedhl", "never"]]
+
+
+def test_the_csv_files_have_the_same_numbers(runs, tmp_path):
+    compare.write(runs, tmp_path / "out")
+    rows = list(csv.DictReader((tmp_path / "out/compare.csv").open()))
+    (best,) = [row for row in rows if row["metric"] == "exact_match" and row["best"] == "True"]
+    assert (
+        best["method"] == "fedhl"
+        and float(best["mean"]) == pytest.approx(0.5)
+        and float(best["std"]) == pytest.approx(0.2)
+    )
+    each = list(csv.DictReader((tmp_path / "out/runs.csv").open()))
+    assert len(each) == 6 and {row["bytes"] for row in each} == {"300.0", "1200.0"}
+    assert [float(row["exact_match"]) for row in each if row["method"] == "fedit"] == [0.2, 0.3, 0.4]
+
+
+def test_settings_are_columns_and_have_an_average(tmp_path):
+    """One seed: fedhl 10 and 30 %, mean 20; fedit 30 and 50 %, mean 40."""
+    runs = [
+        a_run(tmp_path / f"{rule}{rank}", rule, 0, [1.0], [score], ranks={"c0": rank, "c1": 2})
+        for rule, scores in {"fedhl": (0.1, 0.3), "fedit": (0.3, 0.5)}.items()
+        for rank, score in zip((8, 4), scores, strict=True)
+    ]
+    page = compare.write(runs, tmp_path / "out").read_text()
+    assert cells_of(page, "Exact match") == [
+        ["%", "clients.rank \\[8, 2\\]", "clients.rank \\[4, 2\\]", "average"], ["---", "---:", "---:", "---:"],
+        ["fedhl", "10.0", "30.0", "20.0"], ["fedit", "**30.0**", "**50.0**", "**40.0**"],
+    ]  # fmt: skip
+    assert "no test: one seed" in page and "not tested" in page and "With 1 seed a test" in page
+    drawn = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert len(drawn) == 2 and all(name.startswith("curves_") for name in drawn)
+
+
+def test_a_sweep_s_labels_are_the_rows_and_the_pooled_run_is_a_baseline(tmp_path):
+    a_run(tmp_path / "x", "fedit", 0, [1.0], [0.1])
+    a_run(tmp_path / "y", "fedit", 0, [1.0], [0.2], worker={"steps": 3})
+    a_run(tmp_path / "z", "fedit", 0, [0.5], [0.9], ranks={"c0": 8})
+    runs = {
+        name: {"rule": label, "run.seed": "0"} for name, label in (("x", "plain"), ("y", "longer"), ("z", "pooled"))
+    }
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": runs}))
+    page = compare.write([tmp_path], tmp_path / "out").read_text()
+    table = cells_of(page, "Exact match")[2:]
+    assert table == [["plain", "10.0"], ["longer", "**20.0**"], ["_all data in one place_", "90.0"]]
+    alone = compare.write([tmp_path / "x", tmp_path / "y"], tmp_path / "out").read_text()
+    assert cells_of(alone, "Exact match")[2:] == [["plain", "10.0"], ["longer", "**20.0**"]]
+
+
+def test_all_data_in_one_place_is_held_against_its_own_task(tmp_path):
+    for task, score in (("gsm8k", 0.1), ("dolly", 0.3)):
+        a_run(tmp_path / task, "fedhl", 0, [1.0], [score], data={"name": task})
+        a_run(tmp_path / f"{task}_all", "fedit", 0, [1.0], [2 * score], data={"name": task}, ranks={"c0": 8})
+    a_run(tmp_path / "more", "fedhl", 0, [1.0], [0.4], data={"name": "dolly"}, worker={"steps": 2})
+    sheet = {"gsm8k": "A", "gsm8k_all": "A", "dolly": "B", "dolly_all": "B", "more": "C"}
+    runs = {name: {"rule": name[-3:] == "all" and "pooled" or "fedhl", "task": task} for name, task in sheet.items()}
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": runs}))
+    table = cells_of(compare.write([tmp_path], tmp_path / "out").read_text(), "Exact match")
+    assert table[0] == ["%", "A", "B", "C", "average"]
+    assert table[3] == ["_all data in one place_", "20.0", "60.0", "60.0", "–"]
+
+
+def test_scores_of_clients_by_rank(tmp_path):
+    """Rank 8's client alone has 10 %, rank 2's 30 %: mean 20, best 30. Their own models after the run: 40 and 20 %."""
+    rows = [
+        {"name": "client c0, its own model", "loss": 1.0, "exact_match": 0.4},
+        {"name": "client c1, its own model", "loss": 1.0, "exact_match": 0.2},
+        {"name": "client c0 alone", "loss": 1.0, "exact_match": 0.1},
+        {"name": "client c1 alone, as many steps", "loss": 1.0, "exact_match": 0.3},
+    ]
+    page = compare.write([a_run(tmp_path / "x", "fedhl", 0, [1.0], [0.5], rows=rows)], tmp_path / "out").read_text()
+    assert cells_of(page, "Clients by rank") == [
+        ["exact match, over clients and seeds", "rank 8", "rank 2"], ["---", "---:", "---:"],
+        ["fedhl, each client's own model", "40.0", "20.0"], ["fedhl, each client alone", "10.0", "30.0"],
+    ]  # fmt: skip
+    assert ["_a client alone, mean of 2_", "20.0"] in cells_of(page, "Exact match")
+    assert ["_the best client alone_", "30.0"] in cells_of(page, "Exact match")
+    assert (tmp_path / "out/clients.png").is_file()
+
+
+def test_unfinished_runs_are_left_out_and_said(runs, tmp_path):
+    a_run(tmp_path / "half", "flora", 0, [1.0], [0.1], rounds=3)
+    page = compare.write([*runs, tmp_path / "half"], tmp_path / "out").read_text()
+    assert "half is not finished: 1 of 3 rounds" in page and "flora" not in page.split("Left out")[0]
+    with pytest.raises(FedError, match="no finished run"):
+        compare.write([tmp_path / "half"], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"score": "rouge"}, "common scores are"),
+        ({"target": "loss=low"}, "METRIC=VALUE"),
+        ({"target": "rouge=1"}, "METRIC=VALUE"),
+    ],
+)
+def test_a_wrong_score_is_one_sentence(runs, tmp_path, arguments, message):
+    with pytest.raises(FedError, match=message):
+        compare.write(runs, tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_run_twice_is_not_two_seeds(runs, tmp_path):
+    again = a_run(tmp_path / "again", "fedhl", 0, [0.9, 0.8], [0.1, 0.3])
+    with pytest.raises(FedError, match="same rule, setting and seed"):
+        compare.write([*runs, again], tmp_path / "out")
+    with pytest.raises(FedError, match="is no folder"):
+        compare.write([tmp_path / "nothing"], tmp_path / "out")
+
+
+def test_verdicts():
+    tied = compare.verdict({"a": Cell({0: 0.5}), "b": Cell({0: 0.5})}, "exact_match")
+    assert tied.gap == 0 and tied.p is None
+    # no shared seed: Welch. Means 0.2 and 0.6, both with variance 0.02 of two: t = 0.4 / sqrt(0.02), 2 degrees
+    welch = compare.verdict({"a": Cell({0: 0.1, 1: 0.3}), "b": Cell({2: 0.5, 3: 0.7})}, "exact_match")
+    t = 0.4 / math.sqrt(0.02)
+    assert welch.best == "b" and welch.p == pytest.approx(1 - t / math.sqrt(2 + t * t)) and "Welch" in welch.test
+    # the same gap with every seed: no spread to test against
+    constant = compare.verdict({"a": Cell({0: 1.0, 1: 2.0}), "b": Cell({0: 2.0, 1: 3.0})}, "loss")
+    assert constant.best == "a" and constant.gap == -1 and constant.p is None
+    assert compare.verdict({"a": Cell({0: 1.0})}, "loss") is None
+
+
+def test_the_best_is_starred_where_it_is_significant(tmp_path):
+    """Gaps of 20, 21, 22 points: t = 21 / (1 / sqrt 3) = 36, p < 0.001."""
+    runs = []
+    for seed in range(3):
+        runs.append(a_run(tmp_path / f"a{seed}", "fedit", seed, [1.0], [0.2]))
+        runs.append(a_run(tmp_path / f"b{seed}", "fedhl", seed, [1.0], [0.4 + 0.01 * seed]))
+    table = cells_of(compare.write(runs, tmp_path / "out").read_text(), "Exact match")
+    assert ["fedhl", "**41.0 ± 1.0**\\*"] in table and ["fedit", "20.0 ± 0.0"] in table
