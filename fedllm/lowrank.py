@@ -260,12 +260,12 @@ def settle(W: LowRank | Tensor, r: int, start: LowRank | None = None) -> tuple[L
     return W, _balance(*_leading_svd(_compute(W), r, start), scale=_frobenius(W))
 
 
-def truncate_dense(W: Tensor, r: int, generator: torch.Generator) -> LowRank:
+def truncate_dense(W: Tensor, r: int, generator: torch.Generator | None = None) -> LowRank:
     """A dense ``W (d_out, d_in)`` as ``U_r sqrt(S_r)`` and ``sqrt(S_r) V_r^T``, of rank exactly ``r``, in its dtype.
 
     One full SVD, and the only one for every smaller rank: the first ``r'`` columns and rows are the best approximation of
-    rank ``r'``. Directions that W has not (singular values that are rounding) get a zero column in B and a fresh row in
-    A, as in ``fill``. No value decides what is computed, so meta tensors give the shapes.
+    rank ``r'``. Directions that W has not (singular values that are rounding) get a zero column in B and in A a fresh row
+    from the generator, as in ``fill``, or zeros without one. No value decides what is computed: meta tensors give shapes.
     """
     try:
         U, S, Vh = torch.linalg.svd(_compute(W), full_matrices=False)
@@ -273,7 +273,9 @@ def truncate_dense(W: Tensor, r: int, generator: torch.Generator) -> LowRank:
         U, S, Vh = (part.float() for part in torch.linalg.svd(W.double(), full_matrices=False))
     U, S, Vh = U[:, :r], S[:r], Vh[:r]
     live = S > S[:1] * max(W.shape) * torch.finfo(S.dtype).eps
-    fresh = (torch.rand(len(S), W.shape[1], generator=generator) * 2 - 1) * W.shape[1] ** -0.5
+    fresh = torch.zeros(len(S), W.shape[1])
+    if generator is not None:
+        fresh = (torch.rand(len(S), W.shape[1], generator=generator) * 2 - 1) * W.shape[1] ** -0.5
     root = S.sqrt()
     B, A = torch.where(live, U * root, 0.0), torch.where(live[:, None], root[:, None] * Vh, fresh.to(S))
     return LowRank(B.to(W.dtype), A.to(W.dtype))

@@ -33,7 +33,17 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 """All that the modules at the bottom may import of this package."""
 
-FOR_ALGORITHMS = {"fedllm.algorithms", "fedllm.mean", "fedllm.submodel", "fedllm.core", "fedllm.lowrank"}
+FOR_ALGORITHMS = {
+    "fedllm.algorithms",
+    "fedllm.mean",
+    "fedllm.submodel",
+    "fedllm.core",
+    "fedllm.lowrank",
+    "fedllm.models.factorized",
+    "fedllm.models.flanc",
+    "fedllm.models.lowrank_conv",
+    "fedllm.models.resnet",
+}
 NOT_FOR_ALGORITHMS = {"trl", "peft", "transformers", "accelerate", "datasets", "flwr"}
 
 

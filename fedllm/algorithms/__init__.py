@@ -1,13 +1,22 @@
 """One file per paper, and the table of them."""
 
+from fedllm.algorithms.depthfl import DepthFL
 from fedllm.algorithms.fedavg import FedAvg
 from fedllm.algorithms.fedhl import FedHL
+from fedllm.algorithms.fedhm import FedHM
 from fedllm.algorithms.fedit import FedIT
+from fedllm.algorithms.fedlmt import FedLMT
 from fedllm.algorithms.fedloru import FedLoRAAvg, FedLoRU
+from fedllm.algorithms.fedrep import FedRep
+from fedllm.algorithms.flanc import FLANC
 from fedllm.algorithms.flexlora import FlexLoRA
 from fedllm.algorithms.flora import FLoRA
 from fedllm.algorithms.mfedloru import MFedLoRU
+from fedllm.algorithms.pfedlmt import PFedLMT
+from fedllm.algorithms.pfedlora import PFedLoRA1, PFedLoRA2
 from fedllm.algorithms.pfedloru import PFedLoRU
+from fedllm.algorithms.progfed import ProgFed
+from fedllm.algorithms.submodels import FedDropout, FedRolex, HeteroFL
 from fedllm.algorithms.zero_padding import ZeroPadding
 from fedllm.core import Algorithm
 
@@ -26,6 +35,18 @@ LOW_RANK: dict[str, type[Algorithm]] = {
 
 WHOLE: dict[str, type[Algorithm]] = {
     "fedavg": FedAvg,
+    "fedlmt": FedLMT,
+    "pfedlmt": PFedLMT,
+    "fedhm": FedHM,
+    "feddropout": FedDropout,
+    "heterofl": HeteroFL,
+    "fedrolex": FedRolex,
+    "depthfl": DepthFL,
+    "progfed": ProgFed,
+    "flanc": FLANC,
+    "fedrep": FedRep,
+    "pfedlora1": PFedLoRA1,
+    "pfedlora2": PFedLoRA2,
 }
 """Rules on networks that are trained from their first weights on."""
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedllm.core import FedError
-from fedllm.lowrank import LowRank, fill, settle
-from fedllm.mean import pad
+from fedllm.lowrank import LowRank, truncate_dense
 from fedllm.models.build import replace
 from fedllm.submodel import Anatomy
 
@@ -165,9 +164,7 @@ def split(W: Tensor, rank: int, generator: torch.Generator | None = None) -> Fac
         generator: where W's own rank is smaller, surplus directions get a zero column in U, and in V a fresh column
             drawn from it; zeros without one, which never train.
     """
-    top = settle(to_matrix(W), rank)[1]
-    whole = pad(top, rank) if generator is None else fill(top, rank, generator)
-    first, second = weights_of(whole, W.shape[-1] if W.ndim == 4 else None)
+    first, second = weights_of(truncate_dense(to_matrix(W), rank, generator), W.shape[-1] if W.ndim == 4 else None)
     return first.to(W), second.to(W)
 
 
