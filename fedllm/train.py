@@ -19,6 +19,7 @@ from typing import Any
 if not __package__:  # launched by path: sys.path starts with this folder, whose modules are not top-level ones
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import fedllm  # noqa: F401, I001  (before torch: it says how long OpenMP's threads spin)
 import torch
 from rich.console import Console
 
