@@ -144,6 +144,7 @@ def _read(path: Path) -> Checkpoint:
     if hashlib.sha256(body.removesuffix("\n").encode()).hexdigest() != own:
         raise ValueError("checkpoint.json is not what was written")
     manifest = json.loads(body)
+    _well_formed(manifest, path)
     clients = manifest["clients"]
     files = ["state.safetensors", *(f"memory_{number}.safetensors" for number in range(len(clients)))]
     packed = [f"finished_{number}" for number in range(manifest["finished"])]
@@ -160,6 +161,22 @@ def _read(path: Path) -> Checkpoint:
         None if manifest["interrupted"] is None else Round(**manifest["interrupted"]),
         [_unpacked((path / name).read_bytes()) for name in packed],
     )
+
+
+def _well_formed(manifest: Any, path: Path) -> None:
+    """Raises ValueError where the manifest is none of ours, whoever vouches for it; before anything is made of it."""
+    kinds = {"round": int, "recipe": dict, "records": list, "clients": list, "finished": int, "sha256": dict}
+    for key, kind in kinds.items():
+        if type(manifest[key]) is not kind:
+            raise ValueError(f"checkpoint.json: {key} is no {kind.__name__}")
+    if manifest["round"] != int(path.name.removeprefix("round_")):
+        raise ValueError(f"checkpoint.json is of round {manifest['round']}")
+    if not all(isinstance(client, str) for client in manifest["clients"]):
+        raise ValueError("checkpoint.json: a client is no text")
+    if not all(isinstance(record, dict) for record in manifest["records"]):
+        raise ValueError("checkpoint.json: a record is no object")
+    if len(manifest["sha256"]) != 1 + len(manifest["clients"]) + manifest["finished"]:
+        raise ValueError("checkpoint.json: it does not vouch for as many files as there are")
 
 
 def _packed(ended: Reply | Failed, memory: Tensors) -> bytes:
