@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fedllm import ledger
+from fedllm import ledger, telemetry
 from fedllm.admission import admit, suspects
 from fedllm.core import Algorithm, Client, Failed, FedError, Fleet, Job, Reply, Round, Tensors, Worker
 from fedllm.lowrank import LowRank
@@ -117,8 +117,9 @@ def federate(
             "repeated": [attempt.refused for attempt in short],
             "bytes_wasted": _wasted(played),
         }
-        state = ledger.canonical(algorithm.aggregate(state, kept, good.rnd))
+        before, state = state, ledger.canonical(algorithm.aggregate(state, kept, good.rnd))
         _check(state, good.rnd)
+        record["telemetry"] = telemetry.measure(algorithm, before, state, kept)
         usable = {reply.client.id for reply in good.replies}  # a refused client goes on from what it remembered before
         after = {done.client.id: memory for done, memory in good.finished if memory and done.client.id in usable}
         memories = {**memories, **{id: ledger.canonical(memory) for id, memory in after.items()}}
