@@ -139,6 +139,8 @@ class Evaluation:
         alone: also train this client by itself, for as many steps as in the federation; or several, or ``all``.
         batch_size: rows generated at once.
         max_new_tokens: cut an answer off here; the task's own limit by default.
+        allow_code_execution: run the programs that the model writes, in the sandbox, where the task's score is that.
+        accept_missing: guarantees of the sandbox to do without where this machine does not give them.
     """
 
     every: int = 0
@@ -148,6 +150,8 @@ class Evaluation:
     alone: int | tuple[int, ...] | Literal["all"] | None = None
     batch_size: int = 32
     max_new_tokens: int | None = None
+    allow_code_execution: bool = False
+    accept_missing: tuple[str, ...] = ()
 
     def alone_of(self, count: int) -> list[int]:
         """The places, among ``count`` clients, of those that also train by themselves."""
@@ -253,7 +257,7 @@ def load(arguments: Sequence[str]) -> Recipe:
 def build(name: str, page: Mapping[str, Any]) -> Recipe:
     """The recipe that a resolved page of plain values describes."""
     _known(page, SECTIONS, "")
-    run = _typed(Run, page.get("run"), "run")
+    run = typed(Run, page.get("run"), "run")
     run = dataclasses.replace(run, output=run.output or f"runs/{name}")
     algorithm_name, algorithm = _named(ALGORITHMS, page.get("algorithm"), "algorithm", default="fedhl")
     robust_name, robust = _named(ROBUST, page.get("robust"), "robust", default="none")
@@ -265,24 +269,24 @@ def build(name: str, page: Mapping[str, Any]) -> Recipe:
     own |= {key: value for key, value in shared.items() if key in made and value is not None}  # rows made to order
     partition_name, shared["partition"] = _named(PARTITIONS, shared.get("partition"), "data.partition", default="iid")
     data_name, task = _named(TASKS, own, "data", default=None, also=common)
-    data = _typed(Data, {"task": task, **shared}, "data")
+    data = typed(Data, {"task": task, **shared}, "data")
     recipe = Recipe(
         name=name,
         run=run,
         algorithm=algorithm,
         algorithm_name=algorithm_name,
-        model=_typed(worker.model_section, page.get("model"), "model"),
+        model=typed(worker.model_section, page.get("model"), "model"),
         data=data,
         data_name=data_name,
-        clients=_typed(Clients, page.get("clients"), "clients"),
+        clients=typed(Clients, page.get("clients"), "clients"),
         worker=worker,
         worker_name=worker_name,
-        eval=_typed(Evaluation, page.get("eval"), "eval"),
-        hub=_typed(Hub, page.get("hub"), "hub"),
-        admission=_typed(Admission, page.get("admission"), "admission"),
+        eval=typed(Evaluation, page.get("eval"), "eval"),
+        hub=typed(Hub, page.get("hub"), "hub"),
+        admission=typed(Admission, page.get("admission"), "admission"),
         robust_name=robust_name,
         robust=robust,
-        faults=_typed(Faults, page.get("faults"), "faults"),
+        faults=typed(Faults, page.get("faults"), "faults"),
     )
     _belong_together(recipe)
     _in_range(recipe)
@@ -355,10 +359,11 @@ def _named(
         raise FedError(f"{where}.name is missing. One of: {', '.join(sorted(table))}.")
     if name not in table:
         raise FedError(f"{where}.name={name}: {nearest(str(name), table, where.rpartition('.')[2])}")
-    return name, _typed(table[name], section, where, also={"name", *also})
+    return name, typed(table[name], section, where, also={"name", *also})
 
 
-def _typed(kind: type, value: Any, where: str, also: Iterable[str] = ()) -> Any:
+def typed(kind: type, value: Any, where: str, also: Iterable[str] = ()) -> Any:
+    """The frozen dataclass ``kind`` with a section's values. Raises FedError for an unknown key or a wrong type."""
     section = _section(value, where)
     _known(section, [*(f.name for f in dataclasses.fields(kind)), *also], where)
     try:
@@ -366,7 +371,7 @@ def _typed(kind: type, value: Any, where: str, also: Iterable[str] = ()) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         loc = [str(part) for part in first["loc"] if isinstance(part, str) and part in section or isinstance(part, int)]
-        key = ".".join([where, *loc[:1]])
+        key = ".".join([*([where] if where else []), *loc[:1]])
         given = section.get(loc[0]) if loc else section
         hint = {f.name: f.type for f in dataclasses.fields(kind)}.get(loc[0] if loc else "", kind.__name__)
         raise FedError(f"{key}={given!r} has the wrong type or value: {first['msg']} (the field is {hint}).") from error

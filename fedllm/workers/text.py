@@ -20,6 +20,7 @@ from fedllm.models import language
 from fedllm.partition import IID, describe
 from fedllm.recipe import Recipe
 from fedllm.rows import Encoded, encode
+from fedllm.sandbox import require
 from fedllm.workers.sft import SFT, Seat, SFTWorker, target_shapes
 
 Row = Mapping[str, Any]
@@ -57,6 +58,8 @@ class TextFederation:
         self.settings: SFT = recipe.worker
         members = [Client(f"c{i}", 0, rank) for i, rank in enumerate(recipe.clients.ranks())]
         recipe.algorithm.validate(members)
+        if recipe.data.task.runs_code and recipe.eval.generate and not recipe.run.plan:
+            _allowed(recipe)
         self.shapes = target_shapes(language.skeleton(recipe.model), self.settings.targets)
         self._check_ranks(members)
         data = recipe.data
@@ -231,11 +234,24 @@ class TextWorker:
                 return Score(metrics, [])
             prompts = [task.prompt(row) for row in test]
             limit = recipe.eval.max_new_tokens or task.max_new_tokens
-            texts = generate(model, self.tokenizer, prompts, max_new_tokens=limit, batch_size=recipe.eval.batch_size)
-        scored = [task.score(text, row) for text, row in zip(texts, test, strict=True)]
+            size = recipe.eval.batch_size
+            texts = generate(
+                model, self.tokenizer, prompts, max_new_tokens=limit, batch_size=size, stop=task.stop
+            )
+        scored = task.score_all(texts, test, recipe.eval.accept_missing)
         metrics |= task.summary(scored)
         generations = [
             {"prompt": prompt, "generated": text, "target": task.target(row), **score}
             for prompt, text, row, score in zip(prompts, texts, test, scored, strict=True)
         ]
         return Score(metrics, generations)
+
+
+def _allowed(recipe: Recipe) -> None:
+    """Before a weight is loaded: the score of this task runs what the model writes."""
+    if not recipe.eval.allow_code_execution:
+        raise FedError(
+            f"data.name={recipe.data_name} is scored by running the programs that the model writes: allow it with "
+            "eval.allow_code_execution=true (they run in a sandbox), or set eval.generate=false for the held-out loss alone."
+        )
+    require(recipe.eval.accept_missing)
