@@ -4,6 +4,6 @@ import os
 
 __version__ = "0.1.0"
 
-# Read by the OpenMP library when torch loads it. By default a thread spins hundreds of thousands of turns at every barrier,
-# and where anything else runs on the machine that makes a step many times slower; a short spin costs nothing elsewhere.
+# Read by the OpenMP library when torch loads it. By default a thread spins hundreds of thousands of turns at every
+# barrier: where anything else runs on the machine, that makes a step many times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")

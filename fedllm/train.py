@@ -150,7 +150,8 @@ def train(recipe: recipes.Recipe, processes: Processes) -> None:
     folder.write(out / "summary.json", json.dumps(summary, indent=1))
     written = report.write(out)
     report.print_summary(summary, console)
-    console.print(f"[dim]report: {written}   {recipe.worker.exported}: {out / recipe.worker.exported}[/dim]", soft_wrap=True)
+    exported = recipe.worker.exported
+    console.print(f"[dim]report: {written}   {exported}: {out / exported}[/dim]", soft_wrap=True)
     hub.publish(recipe, console)
 
 
@@ -181,9 +182,12 @@ def _alone(recipe: recipes.Recipe, federation: Any, worker: Any, display: Displa
     display.evaluating(f"client {client.id} alone")
     algorithm = federation.alone
     state = algorithm.init(federation.model, [client])
-    for outcome in federate(
-        algorithm, [client], worker, Local(display), display, state=state, memories={}, first=1, rounds=recipe.run.rounds, seed=recipe.run.seed
-    ):  # fmt: skip
+    run = recipe.run
+    alone = federate(
+        algorithm, [client], worker, Local(display), display,
+        state=state, memories={}, first=1, rounds=run.rounds, seed=run.seed,
+    )  # fmt: skip
+    for outcome in alone:
         state = outcome.state
     scores = _score(recipe.output, worker, display, f"alone_{client.id}", algorithm.served(state))
     return {"name": f"client {client.id} alone", **scores}
