@@ -43,6 +43,19 @@ def aggregate(arguments: list[str]) -> int:
     return run(arguments)
 
 
+def evaluate(arguments: list[str]) -> int:
+    """fedllm evaluate RUN_OR_FOLDER_OR_ID [task=NAME] [a.b=c ...]: score a run, an adapter or a model, with receipts"""
+    from fedllm.evaluation import evaluate as run
+    from fedllm.evaluation import target_arguments
+
+    if arguments and arguments[0] in {"-h", "--help"}:
+        print(evaluate.__doc__)
+        return 0
+    named = bool(arguments) and (not arguments[0].partition("=")[1] or Path(arguments[0]).exists())
+    run(None, [*target_arguments(arguments[0]), *arguments[1:]] if named else arguments)
+    return 0
+
+
 def report(arguments: list[str]) -> int:
     """fedllm report RUN: write report.md and the plots of a run's folder again"""
     from fedllm.report import write
@@ -92,6 +105,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "plan": plan,
     "aggregate": aggregate,
+    "evaluate": evaluate,
     "report": report,
     "sweep": sweep,
     "compare": compare,

@@ -49,7 +49,9 @@ def row_losses(model: Any, rows: Sequence[Encoded], pad: int) -> list[tuple[floa
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
     scored = labels != -100
     nats = torch.zeros(labels.shape, dtype=torch.float64)
-    nats[scored.cpu()] = nn.functional.cross_entropy(logits[scored].float(), labels[scored], reduction="none").double().cpu()
+    nats[scored.cpu()] = (
+        nn.functional.cross_entropy(logits[scored].float(), labels[scored], reduction="none").double().cpu()
+    )
     return list(zip(nats.sum(1).tolist(), scored.sum(1).tolist(), strict=True))
 
 
@@ -112,7 +114,9 @@ def _stopping(tokenizer: Any, stop: Sequence[str], prompt: int) -> Any:
     reach = max(len(text.encode()) for text in stop) + 1
 
     def done(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        tails = tokenizer.batch_decode(input_ids[:, max(prompt, input_ids.shape[1] - reach) :], skip_special_tokens=True)
+        tails = tokenizer.batch_decode(
+            input_ids[:, max(prompt, input_ids.shape[1] - reach) :], skip_special_tokens=True
+        )
         return torch.tensor([any(text in tail for text in stop) for tail in tails], device=input_ids.device)
 
     return StoppingCriteriaList([done])

