@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -40,6 +41,7 @@ class Entry:
     Args:
         method: its row: the rule, or what the sweep calls it.
         setting: its column: all else that differs between the runs, but for the seed.
+        group: the columns that are averaged together, as a paper's table averages the tasks of a rank profile.
         pooled: it has one client, so it is no federation but the baseline of all data in one place.
     """
 
@@ -47,6 +49,7 @@ class Entry:
     story: Story
     method: str
     setting: str
+    group: str
     seed: int
     pooled: bool
 
@@ -145,9 +148,9 @@ def entries_of(runs: Sequence[Path]) -> tuple[list[Entry], list[str]]:
     if not found:
         raise FedError("there is no finished run to compare. " + " ".join(left_out[:3]))
     derived = differing([story for _, story, _ in found])
-    entries = [
+    entries = with_common_score([
         Entry(run, story, *placed(story, labels, derived), len(story.members) == 1) for run, story, labels in found
-    ]
+    ])  # fmt: skip
     twice = {(e.method, e.setting, e.seed): e for e in entries}
     if len(twice) < len(entries):
         kept = set(map(id, twice.values()))
@@ -172,16 +175,35 @@ def expanded(runs: Sequence[Path]) -> list[tuple[Path, Mapping[str, str]]]:
     return list(found.items())
 
 
-def placed(story: Story, labels: Mapping[str, str], derived: Sequence[str]) -> tuple[str, str, int]:
-    """A run's method, setting and seed."""
+def with_common_score(entries: Sequence[Entry]) -> list[Entry]:
+    """Where tasks have different scores, each run's own first one also under a name that all of them share."""
+    own = [next((key for key in entry.final if is_fraction(key)), None) for entry in entries]
+    names = list(dict.fromkeys(key for key in own if key is not None))
+    if len(names) < 2 or None in own:
+        return list(entries)
+    name = " or ".join(names)
+    return [dataclasses.replace(e, story=also(e.story, str(key), name)) for e, key in zip(entries, own, strict=True)]
+
+
+def also(story: Story, key: str, name: str) -> Story:
+    """The story with the score ``key`` under another name too, in front."""
+    rounds = [{**r, "eval": {name: at(r, "eval", key)} | dict(mapping(r.get("eval")))} for r in story.rounds]
+    rows = [{**row, name: row.get(key)} for row in rows_of(story.summary)]
+    return dataclasses.replace(story, rounds=tuple(rounds), summary={**story.summary, "rows": rows})
+
+
+def placed(story: Story, labels: Mapping[str, str], derived: Sequence[str]) -> tuple[str, str, str, int]:
+    """A run's method, setting, group and seed."""
     seed = int(number(at(story.recipe, "run", "seed")) or 0)
     others = {axis: str(label) for axis, label in labels.items() if axis != SEED}
     if others:
         row = next((axis for axis in ("rule", "algorithm.name") if axis in others), next(iter(others)))
-        return others.pop(row), ", ".join(others.values()), seed
+        method = others.pop(row)
+        told = list(others.values())
+        return method, ", ".join(told), told[0] if len(told) > 1 else "", seed
     flat = settings_of(story)
-    told = [f"{key} {shown(flat.get(key, '–'))}" for key in derived]
-    return str(at(story.recipe, "algorithm", "name") or story.name), ", ".join(told), seed
+    named = [f"{key} {shown(flat.get(key, '–'))}" for key in derived]
+    return str(at(story.recipe, "algorithm", "name") or story.name), ", ".join(named), "", seed
 
 
 def settings_of(story: Story) -> dict[str, str]:
@@ -241,10 +263,10 @@ def cell(entries: Sequence[Entry], method: str, setting: str, key: str) -> Cell 
 
 def average(entries: Sequence[Entry], method: str, key: str) -> Cell | None:
     """Over all settings, of the seeds that every one of them has."""
-    cells = [cell(entries, method, setting, key) for setting in settings_in(e for e in entries if not e.pooled)]
-    if any(c is None for c in cells):
-        return None
+    cells = [cell(entries, method, setting, key) for setting in settings_in(entries)]
     whole = [c for c in cells if c is not None]
+    if len(whole) < len(cells):
+        return None
     seeds = set.intersection(*(set(c.values) for c in whole))
     return Cell({seed: fmean(c.values[seed] for c in whole) for seed in sorted(seeds)}) if seeds else None
 
@@ -393,12 +415,14 @@ def facts(entries: Sequence[Entry]) -> str:
 
 
 def columns(entries: Sequence[Entry], key: str) -> dict[str, dict[str, Cell]]:
-    """By the column's name, every method's cell; the average over settings last, where there are several."""
-    federated = [entry for entry in entries if not entry.pooled]
-    settings, methods = settings_in(federated), methods_in(entries)
-    found = {s: {m: c for m in methods if (c := cell(federated, m, s, key))} for s in settings}
-    if len(settings) > 1:
-        found["average"] = {m: c for m in methods if (c := average(federated, m, key))}
+    """By the column's name, every method's cell; after the settings of a group their average."""
+    methods = methods_in(entries)
+    found: dict[str, dict[str, Cell]] = {}
+    for group in dict.fromkeys(entry.group for entry in entries if not entry.pooled):
+        ours = [entry for entry in entries if entry.group == group and not entry.pooled]
+        found |= {s: {m: c for m in methods if (c := cell(ours, m, s, key))} for s in settings_in(ours)}
+        if len(settings_in(ours)) > 1:
+            found[f"{group}, average".removeprefix(", ")] = {m: c for m in methods if (c := average(ours, m, key))}
     return found
 
 
@@ -415,7 +439,7 @@ def score_table(entries: Sequence[Entry], key: str) -> str:
             best = found is not None and method in cells and cells[method].mean == cells[found.best].mean
             line.append(f"**{told}**" + "\\*" * sure if best else told)
         lines.append(line)
-    under = {s: baselines(entries, s, key) for s in by if s != "average"}
+    under = {s: baselines(entries, s, key) for s in settings_in(e for e in entries if not e.pooled)}
     for name in dict.fromkeys(name for found in under.values() for name in found):
         lines.append([f"_{safe(name)}_", *(written(under[s].get(name) if s in under else None, key) for s in by)])
     unit = "%" if is_fraction(key) else "nats a token" if "loss" in key else ""
@@ -512,6 +536,7 @@ def aggregated_csv(entries: Sequence[Entry], keys: Sequence[str]) -> str:
     rows: list[list[Any]] = [
         ["metric", "setting", "method", "mean", "std", "seeds", "best", "p_against_runner_up", "test"]
     ]
+    settings = settings_in(e for e in entries if not e.pooled)
     for key in keys:
         for setting, cells in columns(entries, key).items():
             found = verdict(cells, key)
@@ -519,7 +544,7 @@ def aggregated_csv(entries: Sequence[Entry], keys: Sequence[str]) -> str:
                 best = bool(found and found.best == method)
                 judged = [found.p, found.test] if found and best else ["", ""]
                 rows.append([key, setting, method, c.mean, c.std, len(c.values), best, *judged])
-            for name, c in baselines(entries, setting, key).items() if setting != "average" else ():
+            for name, c in baselines(entries, setting, key).items() if setting in settings else ():
                 rows.append([key, setting, name, c.mean, c.std, len(c.values), "", "", ""])
     return as_csv(rows)
 

@@ -118,7 +118,7 @@ def load(page: str, overrides: Sequence[str] = (), output: Path | None = None) -
         labels = {axis: label for axis, (label, _) in zip(axes, picked, strict=True)}
         if any(all(labels[axis] in listed(label) for axis, label in leave.items()) for leave in without):
             continue
-        arguments = [*common, *(one for _, chosen in picked for one in chosen), *overrides]
+        arguments = latest([*common, *(one for _, chosen in picked for one in chosen), *overrides])
         runs.append(planned(labels, arguments))
     if not runs:
         raise FedError(f"{path}: `without` leaves no run.")
@@ -177,6 +177,16 @@ def assignments(told: Any, where: str) -> list[str]:
     if not isinstance(told, dict):
         raise FedError(f"{where}={told!r}: write overrides as {{a.b: value}}.")
     return [f"{key}={value if key == 'recipe' else json.dumps(value)}" for key, value in told.items()]
+
+
+def latest(arguments: Sequence[str]) -> list[str]:
+    """Without what a later one sets again: a section that is set twice is the second one, not a mixture."""
+    keys = [argument.partition("=")[0] for argument in arguments]
+    return [
+        argument
+        for place, argument in enumerate(arguments)
+        if not any(keys[place] == key or keys[place].startswith(f"{key}.") for key in keys[place + 1 :])
+    ]
 
 
 def listed(value: Any) -> list[str]:

@@ -122,6 +122,25 @@ def test_settings_are_columns_and_have_an_average(tmp_path):
     assert len(drawn) == 2 and all(name.startswith("curves_") for name in drawn)
 
 
+def test_a_paper_s_table_of_profiles_and_tasks(tmp_path):
+    """Tasks with different scores: of each its first, and the average over the tasks of a profile: (20 + 40) / 2."""
+    sheet = {}
+    for profile, gain in (("moderate", 0.1), ("high", 0.0)):
+        for task, key, score in (("GSM8K", "exact_match", 0.2), ("Dolly", "rouge_l", 0.4)):
+            for rule, more in (("fedhl", gain), ("fedit", 0.05)):
+                name = f"{profile}_{task}_{rule}"
+                run = a_run(tmp_path / name, rule, 0, [1.0], [score + more], data={"name": task})
+                (run / "rounds.jsonl").write_text((run / "rounds.jsonl").read_text().replace("exact_match", key))
+                sheet[name] = {"profile": profile, "task": task, "rule": rule}
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": sheet}))
+    table = cells_of(compare.write([tmp_path], tmp_path / "out").read_text(), "Exact match or rouge l")
+    assert table[0][1:] == [
+        "moderate, GSM8K", "moderate, Dolly", "moderate, average", "high, GSM8K", "high, Dolly", "high, average",
+    ]  # fmt: skip
+    assert table[2] == ["fedhl", "**30.0**", "**50.0**", "**40.0**", "20.0", "40.0", "30.0"]
+    assert table[3] == ["fedit", "25.0", "45.0", "35.0", "**25.0**", "**45.0**", "**35.0**"]
+
+
 def test_a_sweep_s_labels_are_the_rows_and_the_pooled_run_is_a_baseline(tmp_path):
     a_run(tmp_path / "x", "fedit", 0, [1.0], [0.1])
     a_run(tmp_path / "y", "fedit", 0, [1.0], [0.2], worker={"steps": 3})

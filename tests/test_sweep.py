@@ -61,7 +61,7 @@ def fedllm(*arguments: object, cwd: Path, **env: str) -> subprocess.CompletedPro
 
 @pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_page_loads_and_starts_with_its_command(path):
-    assert path.read_text().startswith(f"# fedllm sweep {path.stem}\n")
+    assert path.read_text().splitlines()[0].startswith(f"# fedllm sweep {path.stem}")
     runs = sweep.load(path.stem).runs
     assert len({run.name for run in runs}) == len(runs) > 1
     for run in runs:
@@ -78,14 +78,30 @@ def test_the_demo_s_five_rules_and_two_seeds():
     assert {recipe.eval.alone for recipe in (run.recipe for run in runs)} == {None, "all"}
 
 
-def test_the_paper_s_profiles_and_what_cannot_be():
-    runs = sweep.load("fedhl_gsm8k").runs
-    by_rule = {
-        rule: {r.labels["profile"] for r in runs if r.labels["rule"] == rule} for rule in ("fedhl", "fedit", "pooled")
-    }
+def test_the_paper_s_settings_and_what_cannot_be():
+    """3 tasks x 3 seeds x (4 rules x 4 profiles, and FedIT and the pooled run once); of a hundred clients no pooled."""
+    runs = sweep.load("fedhl_cross_silo").runs
+    assert len(runs) == 3 * 3 * (4 * 4 + 2)
+    by_rule = {r: {x.labels["profile"] for x in runs if x.labels["rule"] == r} for r in ("fedhl", "fedit", "pooled")}
     assert by_rule["fedhl"] == {"moderate", "high", "extremely high", "homogeneous"}
     assert by_rule["fedit"] == by_rule["pooled"] == {"homogeneous"}
-    assert {len(run.recipe.clients.ranks()) for run in runs if run.labels["rule"] == "pooled"} == {1}
+    assert {len(x.recipe.clients.ranks()) for x in runs if x.labels["rule"] == "pooled"} == {1}
+    scored = [x.labels for x in runs if x.recipe.eval.base]
+    assert len(scored) == 9 and {x["rule"] for x in scored} == {"fedhl"}, "the base model once a task and seed"
+    settings = {
+        x.labels["task"]: (x.recipe.run.rounds, x.recipe.worker.epochs, x.recipe.worker.learning_rate,
+                           x.recipe.worker.weight_decay, x.recipe.page["data"]["partition"]["name"])
+        for x in runs if x.labels["rule"] != "pooled"
+    }  # fmt: skip
+    assert settings == {
+        "GSM8K": (20, 3, 5e-4, 0.01, "iid"),
+        "CodeAlpaca": (10, 1, 2e-4, 0.01, "iid"),
+        "Dolly": (5, 2, 2e-4, 0.001, "dirichlet"),
+    }
+    device = sweep.load("fedhl_cross_device").runs
+    assert len(device) == 2 * 2 * 3 * (4 * 3 + 1) and {len(x.recipe.clients.ranks()) for x in device} == {100}
+    assert {x.recipe.clients.participation for x in device} == {0.15, 0.3}
+    assert {(x.recipe.data_name, x.recipe.run.rounds) for x in device} == {("rosetta_alpaca", 20), ("dolly", 15)}
 
 
 def test_a_page_is_a_product_of_its_axes(tmp_path):
@@ -105,6 +121,19 @@ def test_a_page_is_a_product_of_its_axes(tmp_path):
     assert third.labels == {"rule": "hl", "worker.learning_rate": "0.2", "run.seed": "0"}
     assert third.recipe.worker.learning_rate == 0.2 and third.recipe.worker.steps == 7
     assert third.recipe.clients.ranks() == [8, 2] and made.runs[-1].recipe.algorithm_name == "zero_padding"
+
+
+def test_what_is_set_again_replaces_what_was_set():
+    told = [
+        "recipe=a",
+        "data.partition={1}",
+        "data.partition.eta=2",
+        "x=1",
+        "data.partition={3}",
+        "data.partition.n=4",
+        "x=2",
+    ]
+    assert sweep.latest(told) == ["recipe=a", "data.partition={3}", "data.partition.n=4", "x=2"]
 
 
 @pytest.mark.parametrize(
