@@ -331,11 +331,11 @@ def test_a_card_is_written_of_what_there_is(run, tmp_path, dropped):
 def test_paths_of_this_machine_are_not_shared(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     page = yaml.safe_load((run / "recipe.yaml").read_text())
-    page["data"]["path"] = "/home/ann/clinic/rows.jsonl"
+    page["data"]["path"] = "/srv/ann/clinic/rows.jsonl"
     page["run"]["output"] = "~/runs/x"
     (tmp_path / "run/recipe.yaml").write_text(yaml.safe_dump(page))
     config = tmp_path / "run/adapter/adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "/home/ann/llama"}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "/srv/ann/llama"}))
     parcel = hub.pack(tmp_path / "run", Hub(repo="me/x"), None)
     texts = [v for v in parcel.values() if isinstance(v, bytes)]
     assert not any(b"ann" in text for text in texts)

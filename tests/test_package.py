@@ -207,9 +207,10 @@ def in_dist_info(wheel: zipfile.ZipFile, name: str) -> str:
     return wheel.read(member).decode()
 
 
-def test_the_wheel_carries_the_recipes_unchanged(wheel):
-    written = {f"fedllm/recipes/{path.name}": path.read_bytes() for path in (ROOT / "recipes").glob("*.yaml")}
-    carried = {name: wheel.read(name) for name in wheel.namelist() if name.startswith("fedllm/recipes/")}
+@pytest.mark.parametrize("pages", ["recipes", "sweeps"])
+def test_the_wheel_carries_the_pages_unchanged(wheel, pages):
+    written = {f"fedllm/{pages}/{path.name}": path.read_bytes() for path in (ROOT / pages).glob("*.yaml")}
+    carried = {name: wheel.read(name) for name in wheel.namelist() if name.startswith(f"fedllm/{pages}/")}
     assert written
     assert carried == written
 
@@ -241,14 +242,18 @@ def test_recipes_are_found_from_the_wheel_alone(wheel, tmp_path):
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     wheel.extractall(site)
     elsewhere.mkdir()
-    program = "import fedllm.recipe, json; print(json.dumps([fedllm.__file__, str(fedllm.recipe.find('smoke'))]))"
+    program = (
+        "import fedllm.recipe, fedllm.sweep, json; "
+        "print(json.dumps([fedllm.__file__, str(fedllm.recipe.find('smoke')), str(fedllm.sweep.find('smoke'))]))"
+    )
     command = [sys.executable, "-c", program]
     env = os.environ | {"PYTHONPATH": str(site)}
     done = subprocess.run(command, check=False, cwd=elsewhere, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    code, recipe = map(Path, json.loads(done.stdout))
+    code, recipe, sweep = map(Path, json.loads(done.stdout))
     assert code.is_relative_to(site)
     assert recipe == site / "fedllm" / "recipes" / "smoke.yaml"
+    assert sweep == site / "fedllm" / "sweeps" / "smoke.yaml"
 
 
 def test_every_dependency_is_pinned_for_integration():
