@@ -8,6 +8,7 @@ import json
 import torch
 from torch import Tensor
 
+from fedllm.compression import Int8
 from fedllm.core import Tensors
 from fedllm.lowrank import LowRank
 
@@ -19,10 +20,13 @@ _ORDER = {dtype: place for place, dtype in enumerate(_NAMES)}  # safetensors wri
 
 
 def flatten(tensors: Tensors) -> dict[str, Tensor]:
-    """Plain tensors, for safetensors: a product becomes ``name#B`` and ``name#A``."""
+    """Plain tensors, for safetensors: a product becomes ``name#B`` and ``name#A``, in 8 bits ``#b``, ``#a`` too."""
     flat: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        if isinstance(value, LowRank):
+        if isinstance(value, Int8):
+            flat |= {f"{name}#B": value.codes_B.contiguous(), f"{name}#A": value.codes_A.contiguous()}
+            flat |= {f"{name}#b": value.scale_B, f"{name}#a": value.scale_A}
+        elif isinstance(value, LowRank):
             flat |= {f"{name}#B": value.B.contiguous(), f"{name}#A": value.A.contiguous()}
         else:
             flat[name] = value.contiguous()
@@ -34,9 +38,11 @@ def unflatten(flat: dict[str, Tensor]) -> dict[str, Tensor | LowRank]:
     tensors: dict[str, Tensor | LowRank] = {}
     for name in sorted(flat):
         owner, _, factor = name.rpartition("#")
-        if factor == "B":
+        if factor == "B" and f"{owner}#b" in flat:
+            tensors[owner] = Int8.unpacked(*(flat[f"{owner}#{part}"] for part in "BAba"))
+        elif factor == "B":
             tensors[owner] = LowRank(flat[name], flat[f"{owner}#A"])
-        elif factor != "A" or not owner:
+        elif factor not in ("A", "b", "a") or f"{owner}#B" not in flat:
             tensors[name] = flat[name]
     return tensors
 

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from fedllm.algorithms import ALGORITHMS
+from fedllm.compression import Wire
 from fedllm.core import Algorithm, FedError
 from fedllm.faults import Faults
 from fedllm.partition import IID, PARTITIONS
@@ -27,7 +28,20 @@ from fedllm.rounds import Policy
 from fedllm.tasks import TASKS
 from fedllm.workers import WORKERS
 
-SECTIONS = ("run", "algorithm", "model", "data", "clients", "worker", "eval", "hub", "admission", "robust", "faults")
+SECTIONS = (
+    "run",
+    "algorithm",
+    "model",
+    "data",
+    "clients",
+    "worker",
+    "eval",
+    "hub",
+    "admission",
+    "robust",
+    "faults",
+    "wire",
+)
 
 PROFILES = {
     "moderate": (32, 24, 20, 16, 16, 12, 12, 12, 8, 8),
@@ -219,6 +233,7 @@ class Recipe:
     robust_name: str = "none"
     robust: Trust = Trust()
     faults: Faults = Faults()
+    wire: Wire = Wire()
     page: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -270,10 +285,11 @@ def build(name: str, page: Mapping[str, Any]) -> Recipe:
     partition_name, shared["partition"] = _named(PARTITIONS, shared.get("partition"), "data.partition", default="iid")
     data_name, task = _named(TASKS, own, "data", default=None, also=common)
     data = typed(Data, {"task": task, **shared}, "data")
+    wire = typed(Wire, page.get("wire"), "wire")
     recipe = Recipe(
         name=name,
         run=run,
-        algorithm=algorithm,
+        algorithm=wire.around(algorithm),
         algorithm_name=algorithm_name,
         model=typed(worker.model_section, page.get("model"), "model"),
         data=data,
@@ -287,6 +303,7 @@ def build(name: str, page: Mapping[str, Any]) -> Recipe:
         robust_name=robust_name,
         robust=robust,
         faults=typed(Faults, page.get("faults"), "faults"),
+        wire=wire,
     )
     _belong_together(recipe)
     _in_range(recipe)
@@ -452,7 +469,7 @@ def _page(recipe: Recipe, partition: str) -> dict[str, Any]:
     data = {k: v for k, v in _plain(recipe.data).items() if k not in {"task", "partition"}}
     return {
         "run": _plain(recipe.run) | {"plan": False, "resume": False},
-        "algorithm": {"name": recipe.algorithm_name} | _plain(recipe.algorithm),
+        "algorithm": {"name": recipe.algorithm_name} | _plain(recipe.wire.inside(recipe.algorithm)),
         "model": _plain(recipe.model),
         "data": {"name": recipe.data_name}
         | _plain(recipe.data.task)
@@ -465,6 +482,7 @@ def _page(recipe: Recipe, partition: str) -> dict[str, Any]:
         "admission": _plain(recipe.admission),
         "robust": {"name": recipe.robust_name} | _plain(recipe.robust),
         "faults": _plain(recipe.faults),
+        "wire": _plain(recipe.wire),
     }
 
 
