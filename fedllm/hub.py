@@ -56,10 +56,12 @@ def export(recipe: Recipe, state: Tensors, replies: Sequence[Reply], memories: M
     folder.write(recipe.output / "versions.json", json.dumps(card.versions(), indent=1))
 
 
-def ready(settings: Hub) -> None:
+def ready(recipe: Recipe) -> None:
     """Before a run whose end is an upload: raises FedError where that cannot work."""
-    if settings.push and not settings.dry_run:
-        check(settings)
+    if recipe.hub.push:
+        _has_adapter(recipe)
+        if not recipe.hub.dry_run:
+            check(recipe.hub)
 
 
 def publish(recipe: Recipe, console: Console) -> None:
@@ -145,6 +147,7 @@ def pack(run: Path, settings: Hub, licence: str | None) -> Parcel:
     """
     told = story.read(run)
     recipe = _recipe_of(run)
+    _has_adapter(recipe)
     if not (run / "adapter" / adapters.CONFIG).is_file():
         raise FedError(f"{run} has no adapter/ yet: the run is not finished. run.resume=true ends it.")
     measured = merged_model(run, recipe, settings) if settings.merged else None
@@ -297,6 +300,13 @@ def _recipe_of(run: Path) -> Recipe:
     if not (run / "recipe.yaml").is_file():
         raise FedError(f"{run} is no run's folder: it has no recipe.yaml. Give the folder that run.output named.")
     return recipes.load([f"recipe={run / 'recipe.yaml'}"])
+
+
+def _has_adapter(recipe: Recipe) -> None:
+    if recipe.worker.exported != "adapter":
+        raise FedError(
+            f"worker.name={recipe.worker_name} trains no adapter of a language model, and push uploads those."
+        )
 
 
 def _size(source: Path | bytes) -> int:

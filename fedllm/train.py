@@ -72,12 +72,14 @@ def train(recipe: recipes.Recipe, processes: Processes) -> None:
     run, out, algorithm, console = recipe.run, recipe.output, recipe.algorithm, Console()
     if not run.plan:
         folder.check(out, resume=run.resume, overwrite=run.overwrite)
-        hub.ready(recipe.hub)
+        hub.ready(recipe)
     federation = recipe.worker.federation(recipe)
     if run.plan:
         show(recipe, federation.plan(), console)
         return
-    done = checkpoint.load(out / "checkpoint", recipe.page) if run.resume else None
+    shown = recipe.eval.clients or recipe.hub.clients  # the last round's replies, which no checkpoint keeps: play it again
+    until = run.rounds - 1 if shown else None
+    done = checkpoint.load(out / "checkpoint", recipe.page, until=until) if run.resume else None
     folder.prepare(out, recipes.dump(recipe), federation.partition, overwrite=run.overwrite and not run.resume)
     if done is None:
         done = Checkpoint(0, canonical(algorithm.init(federation.model, federation.clients)), {}, [], recipe.page)

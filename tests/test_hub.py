@@ -168,18 +168,23 @@ def test_no_repo_no_run_no_way_and_no_adapter(run, tmp_path):
     page = yaml.safe_load((bare / "recipe.yaml").read_text())
     page["hub"] |= {"push": False, "repo": None, "clients": False}
     (bare / "recipe.yaml").write_text(yaml.safe_dump(page))
-    dead = environment("http://127.0.0.1:9", tmp_path / "home")
     cases = [
-        (["push", bare], dead, "where to?"),
-        (["push", run], dead, "the Hub cannot be reached"),
-        (["push", tmp_path], dead, "no run's folder"),
-        (["push", bare, "--dry-run"], dead, "the run is not finished"),
-        (["train", "recipe=smoke", "hub.push=true"], dead, "hub.push=true needs hub.repo"),
-        (["train", "recipe=smoke", "hub.push=true", "hub.repo=me/x", "run.output=new"], dead, "cannot be reached"),
+        (lambda: hub.main([str(bare)]), "where to?"),
+        (lambda: hub.main([str(run)]), "the Hub cannot be reached"),
+        (lambda: hub.main([str(tmp_path)]), "no run's folder"),
+        (lambda: hub.main([str(bare), "--dry-run"]), "the run is not finished"),
+        (lambda: load(["recipe=smoke", "hub.push=true"]), "hub.push=true needs hub.repo"),
     ]
-    for arguments, env, message in cases:
-        done = fedllm(*arguments, cwd=tmp_path, env=env)
-        assert done.returncode == 2 and message in done.stderr, (arguments, done.stderr)
+    for asked, message in cases:
+        with pytest.raises(FedError, match=message.replace("?", r"\?")):
+            asked()
+
+
+def test_a_run_that_could_not_be_uploaded_does_not_begin(tmp_path):
+    dead = environment("http://127.0.0.1:9", tmp_path / "home")
+    arguments = ["recipe=smoke", "hub.push=true", "hub.repo=me/x", "run.output=new"]
+    done = fedllm("train", *arguments, cwd=tmp_path, env=dead)
+    assert done.returncode == 2 and "cannot be reached" in done.stderr
     assert not (tmp_path / "new").exists()
 
 
@@ -194,6 +199,12 @@ def test_a_dry_run_needs_neither_token_nor_hub_and_lists_what_a_push_uploads(run
     listed = {line.split()[0] for line in dry.stdout.splitlines()[:-1]}
     assert listed == set(server.repos["me/y"].files) and not server.repos["me/y"].private
     assert not any(name.startswith("eval/") for name in listed), "generations hold test rows: they stay here"
+
+
+def test_a_run_without_an_adapter_is_told_before_it_trains():
+    with pytest.raises(FedError, match="worker.name=vision trains no adapter"):
+        hub.ready(load(["recipe=vision_smoke", "hub.push=true", "hub.repo=me/x", "hub.dry_run=true"]))
+    hub.ready(load(["recipe=vision_smoke"]))
 
 
 def test_waits_double_and_end():
