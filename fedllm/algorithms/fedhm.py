@@ -42,13 +42,13 @@ class FedHM(FedAvg):
     weighting: Literal["data", "uniform"] = "uniform"
 
     def validate(self, clients: Sequence[Client]) -> None:
+        if self.svd_every is not None and self.svd_every < 1:
+            raise FedError(f"svd_every={self.svd_every}: a number of rounds from 1, or null for never.")
         if self.alpha is None and self.svd_every != 1 and len({self.ratio(client) for client in clients}) > 1:
             raise FedError(
                 f"svd_every={self.svd_every} averages factors in between, which needs one rank for all: "
                 "give algorithm.alpha, or svd_every=1."
             )
-        if self.svd_every is not None and self.svd_every < 1:
-            raise FedError(f"svd_every={self.svd_every}: a number of rounds from 1, or null for never.")
 
     def ratio(self, client: Client) -> float:
         """The client's alpha; a client without a level has that of b4."""
