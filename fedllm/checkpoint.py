@@ -97,14 +97,18 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         shutil.rmtree(old)
 
 
-def load(folder: Path, page: Mapping[str, Any]) -> Checkpoint | None:
+def load(folder: Path, page: Mapping[str, Any], *, until: int | None = None) -> Checkpoint | None:
     """The newest checkpoint that is whole, or None where there is none.
+
+    Args:
+        until: take none of a later round, where there is an earlier one.
 
     Raises:
         FedError: where it belongs to another recipe (names the keys that differ), or all are damaged.
     """
     damaged = []
-    for path in reversed(_rounds(folder)):
+    found = _rounds(folder)
+    for path in reversed([path for path in found if until is None or _index(path) <= until] or found):
         try:
             checkpoint = _read(path)
         except DAMAGE as error:
@@ -135,7 +139,11 @@ def _owned(flat: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _rounds(folder: Path) -> list[Path]:
     found = [path for path in folder.glob("round_*") if re.fullmatch(r"round_\d+", path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("round_")))
+    return sorted(found, key=_index)
+
+
+def _index(path: Path) -> int:
+    return int(path.name.removeprefix("round_"))
 
 
 def _read(path: Path) -> Checkpoint:
@@ -169,7 +177,7 @@ def _well_formed(manifest: Any, path: Path) -> None:
     for key, kind in kinds.items():
         if type(manifest[key]) is not kind:
             raise ValueError(f"checkpoint.json: {key} is no {kind.__name__}")
-    if manifest["round"] != int(path.name.removeprefix("round_")):
+    if manifest["round"] != _index(path):
         raise ValueError(f"checkpoint.json is of round {manifest['round']}")
     if not all(isinstance(client, str) for client in manifest["clients"]):
         raise ValueError("checkpoint.json: a client is no text")

@@ -49,7 +49,8 @@ def text(story: Story, drawn: Sequence[str]) -> str:
         ("Who trained what", [*who(story), picture("data", drawn), picture("clients", drawn)]),
         ("Weights and truncation", [picture("ranks", drawn)]),
         ("Rounds", [rounds_table(story), skipped(story)]),
-        ("Refused updates", [refused(story)]),
+        ("Refused updates", [remarks(story, "refused")]),
+        ("Averaged, but odd", [remarks(story, "suspect")]),
         ("Bytes", [picture("traffic", drawn)]),
         ("Telemetry", [picture("telemetry", drawn)]),
         ("Settings", [settings(story.recipe)]),
@@ -272,11 +273,12 @@ def skipped(story: Story) -> str:
     return " ".join(parts)
 
 
-def refused(story: Story, most: int = 50) -> str:
+def remarks(story: Story, key: str, most: int = 50) -> str:
+    """What rounds said of single clients under ``key``, a sentence each."""
     found = [
         [str(rnd["round"]), safe(id), safe(str(reason))]
         for rnd in story.rounds
-        for id, reason in mapping(rnd.get("refused")).items()
+        for id, reason in mapping(rnd.get(key)).items()
     ]
     more = f"\n\n{len(found) - most} more are in [rounds.jsonl](rounds.jsonl)." if len(found) > most else ""
     return table(["round", "client", "reason"], found[:most]) + more if found else ""

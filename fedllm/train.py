@@ -77,7 +77,7 @@ def train(recipe: recipes.Recipe, processes: Processes) -> None:
     if run.plan:
         show(recipe, federation.plan(), console)
         return
-    shown = recipe.eval.clients or recipe.hub.clients  # the last round's replies, which no checkpoint keeps: play it again
+    shown = recipe.eval.clients or recipe.hub.clients  # no checkpoint keeps the last round's replies: play it again
     until = run.rounds - 1 if shown else None
     done = checkpoint.load(out / "checkpoint", recipe.page, until=until) if run.resume else None
     folder.prepare(out, recipes.dump(recipe), federation.partition, overwrite=run.overwrite and not run.resume)

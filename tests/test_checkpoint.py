@@ -81,6 +81,13 @@ def test_old_ones_and_half_ones_are_pruned(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["round_0009", "round_0010"]
 
 
+def test_an_earlier_one_is_taken_where_there_is_one(tmp_path: Path) -> None:
+    for index in (1, 2):
+        save(tmp_path, made(index))
+    rounds = [(load(tmp_path, PAGE, until=until) or made(0)).index for until in (None, 2, 1, 0)]
+    assert rounds == [2, 2, 1, 2]
+
+
 def test_another_recipe_is_refused_with_the_keys_that_differ(tmp_path: Path) -> None:
     save(tmp_path, made(1))
     other = {"run": {"seed": 1, "rounds": 9}, "worker": {"learning_rate": 0.2}, "data": {"name": "x"}}
