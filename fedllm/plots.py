@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -534,12 +534,15 @@ def telemetry(story: Story) -> Figure | None:
             found.setdefault(group, {}).setdefault(leaf, []).append((rnd["round"], value))
     if not found:
         return None
+    if errors := found.get(("served_error",)):  # a bias adds up: by now, at most this has been lost
+        rounds, values = zip(*errors["served_error"], strict=True)
+        errors["summed so far"] = list(zip(rounds, accumulate(values), strict=True))
     groups = list(found.items())[:12]
     figure, axes = panels(len(groups))
     rank_of = {member.id: member.rank for member in story.members}
     colors = colors_of(rank_of.values())
     for ax, (group, curves) in zip(axes, groups, strict=True):
-        ax.set_title(clipped(" / ".join(map(plain, group)), 44))
+        ax.set_title(TELEMETRY.get(group[0]) or clipped(" / ".join(map(plain, group)), 44))
         by_client = curves.keys() <= rank_of.keys()
         ends: list[tuple[float, str, Any]] = []
         for place, (leaf, points) in enumerate(curves.items()):
@@ -554,6 +557,16 @@ def telemetry(story: Story) -> Figure | None:
             names_above(ax, [(f"rank {rank}", color) for rank, color in colors.items()])
     return figure
 
+
+TELEMETRY = {
+    "served_error": "Served, off the mean of the clients' steps",
+    "truncation": "Share of the update beyond rank r",
+    "rank": "Rank of the update",
+    "singular_values": "Singular values, by place",
+    "drift": "How far each client moved",
+    "cosine": "Each step's cosine to the mean step",
+}
+"""Titles of what ``fedllm.telemetry`` measures."""
 
 PLOTS: dict[str, Callable[[Story], Figure | None]] = {
     "learning": learning,

@@ -146,9 +146,9 @@ def test_every_rule_s_own_download_is_admitted_when_trained(rule: str) -> None:
         replies = []
         for client in clients:
             sent = algorithm.download(state, client, rnd)
-            start = sent.get("adapter/q", sent.get("q"))
-            assert isinstance(start, LowRank)
-            replies.append(Reply(client, sent, {"q": LowRank(start.B + 0.1, start.A)}))
-        admitted, refused = admit(replies, norm_bound=10.0)
+            starts = algorithm.expected(Reply(client, sent, {}))
+            returned = {n: LowRank(M.B + 0.1, M.A) if isinstance(M, LowRank) else M + 0.1 for n, M in starts.items()}
+            replies.append(Reply(client, sent, returned))
+        admitted, refused = admit(replies, algorithm.expected, norm_bound=10.0)
         assert refused == {}
         state = algorithm.aggregate(state, admitted, rnd)

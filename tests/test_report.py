@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from fedllm import report
+from fedllm import plots, report, story
 from fedllm.core import FedError
 from fedllm.plots import draw
 from fedllm.report import print_summary, summary_table, write
@@ -55,7 +55,7 @@ def a_round(index: int, rounds: int, ranks: dict[str, int]) -> dict[str, Any]:
         "clients": clients,
         "eval": {"loss": loss + 0.1, "exact_match": index / (2 * rounds)} if index % 2 == 0 or index == rounds else {},
         "refused": {"c1": "NaN in q_proj.A"} if index == 1 else {},
-        "telemetry": {"drift": dict.fromkeys(ranks, 0.1 * index), "kept_rank": 8.0 + index},
+        "telemetry": {"drift": dict.fromkeys(ranks, 0.1 * index), "kept_rank": 8.0 + index, "served_error": 0.25},
     }
 
 
@@ -243,6 +243,13 @@ def test_no_number_makes_the_plots_crash(tmp_path, value):
         json.dumps({"rows": [{"name": "base model", "loss": value, "exact_match": value}]})
     )
     assert "learning" in draw(report.read(tmp_path), tmp_path / "plots")
+
+
+def test_the_error_of_what_is_served_is_summed_over_the_rounds(tmp_path):
+    """0.25 in each of four rounds: 0.25, 0.5, 0.75, 1 in the panel, under a title in words."""
+    figure = plots.telemetry(story.read(make_run(tmp_path / "demo", 4, 4)))
+    panel = next(ax for ax in figure.axes if ax.get_title() == plots.TELEMETRY["served_error"])
+    assert [list(line.get_ydata()) for line in panel.get_lines()] == [[0.25] * 4, [0.25, 0.5, 0.75, 1.0]]
 
 
 def test_drawing_leaves_matplotlib_as_it_was_and_makes_no_pyplot(tmp_path):
