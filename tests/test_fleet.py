@@ -21,10 +21,16 @@ from torch import Tensor
 from fedllm.algorithms.fedit import FedIT
 from fedllm.core import Client, Failed, FedError, Job, Reply, Round
 from fedllm.fleets.accelerate import Accelerate, Processes, joined, serve, spread
+from fedllm.fleets.attempt import attempt
 from fedllm.fleets.local import Local
-from fedllm.lowrank import LowRank
+from fedllm.ledger import digest
+from fedllm.lowrank import LowRank, fill
+from fedllm.models.language import LanguageModel, tokenizer
+from fedllm.models.language import load as load_model
 from fedllm.payload import pack, unpack
 from fedllm.progress import Silent
+from fedllm.rows import encode
+from fedllm.workers.sft import SFT, SFTWorker
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -184,3 +190,28 @@ def test_the_launcher_s_variables_are_hidden_and_come_back(monkeypatch: pytest.M
         assert (processes.rank, processes.size, processes.local_size) == (0, 1, 8)
         assert "LOCAL_RANK" not in os.environ and os.environ["CUDA_VISIBLE_DEVICES"] == "1"
     assert os.environ["LOCAL_RANK"] == "5"
+
+
+def test_a_client_that_breaks_in_the_middle_of_training_leaves_the_next_one_as_it_was() -> None:
+    """The trainer is shared: what an exception leaves in it must not reach another client's bits."""
+    tok = tokenizer(LanguageModel("pico"))
+    rows = encode(tok, [f"{i} + 1 =" for i in range(12)], [f" {i + 1}" for i in range(12)], 32)
+    breaking: list[bool] = []
+
+    def on_step(loss: float | None) -> None:
+        if breaking:
+            raise RuntimeError("CUDA error: out of memory")
+
+    settings = SFT(steps=3, batch_size=2, accumulation=2, dropout=0.1, optimizer="kept")
+    base = load_model(LanguageModel("pico"), torch.device("cpu"), 0)
+    worker = SFTWorker(settings, base, tok, {"a": rows[:6], "b": rows[6:]}, 4, on_step)
+    sent = {name: fill(LowRank.zeros(64, 64), 4, torch.Generator().manual_seed(0)) for name in worker.layers}
+    a, b = (Job(Client(id, 6, 4), sent, {}) for id in "ab")
+    before = attempt(FedIT(), worker, a, Round(1, 0))
+    breaking.append(True)
+    failed, _ = attempt(FedIT(), worker, b, Round(1, 0))
+    breaking.clear()
+    after = attempt(FedIT(), worker, a, Round(1, 0))
+    assert isinstance(failed, Failed) and "out of memory" in failed.reason
+    assert isinstance(before[0], Reply) and isinstance(after[0], Reply)
+    assert digest(before[0].returned) == digest(after[0].returned) and digest(before[1]) == digest(after[1])

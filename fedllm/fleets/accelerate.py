@@ -22,6 +22,7 @@ import torch
 from fedllm.core import Algorithm, Client, Failed, FedError, Job, Reply, Round, Tensors, Worker
 from fedllm.fleets.attempt import attempt
 from fedllm.fleets.local import Local
+from fedllm.interrupt import once
 from fedllm.payload import pack, unpack
 from fedllm.progress import Display
 
@@ -171,7 +172,7 @@ def serve(processes: Processes, make: Callable[[], tuple[Algorithm, Worker]]) ->
     Args:
         make: the algorithm and the worker; called once rank 0 has found the recipe sound, never where it has not.
     """
-    with suppress(Gone):
+    with suppress(Gone), once():  # Ctrl-C is rank 0's to answer
         orders = iter(lambda: unpack(processes.receive(0))[0], {"do": "stop"})
         if next(orders, None) is None:
             return
