@@ -263,20 +263,21 @@ def settle(W: LowRank | Tensor, r: int, start: LowRank | None = None) -> tuple[L
 def truncate_dense(W: Tensor, r: int, generator: torch.Generator | None = None) -> LowRank:
     """A dense ``W (d_out, d_in)`` as ``U_r sqrt(S_r)`` and ``sqrt(S_r) V_r^T``, of rank exactly ``r``, in its dtype.
 
-    One full SVD, and the only one for every smaller rank: the first ``r'`` columns and rows are the best approximation of
-    rank ``r'``. Directions that W has not (singular values that are rounding) get a zero column in B and in A a fresh row
-    from the generator, as in ``fill``, or zeros without one. No value decides what is computed: meta tensors give shapes.
+    One full SVD, and the only one for every smaller rank: the first ``r'`` columns and rows are the best approximation
+    of rank ``r'``. Directions that W has not (singular values that are rounding) get a zero column in B and in A a
+    fresh row from the generator, as in ``fill``, or zeros without one. No value decides what is computed, so that meta
+    tensors give the shapes.
     """
     try:
         U, S, Vh = torch.linalg.svd(_compute(W), full_matrices=False)
     except torch.linalg.LinAlgError:  # gesdd fails to converge on some float32 matrices
         U, S, Vh = (part.float() for part in torch.linalg.svd(W.double(), full_matrices=False))
     U, S, Vh = U[:, :r], S[:r], Vh[:r]
-    live = S > S[:1] * max(W.shape) * torch.finfo(S.dtype).eps
+    rounding = S[:1] * max(W.shape) * torch.finfo(S.dtype).eps
     fresh = torch.zeros(len(S), W.shape[1])
     if generator is not None:
         fresh = (torch.rand(len(S), W.shape[1], generator=generator) * 2 - 1) * W.shape[1] ** -0.5
-    root = S.sqrt()
+    root, live = S.sqrt(), (S - rounding).clamp(min=0).bool()
     B, A = torch.where(live, U * root, 0.0), torch.where(live[:, None], root[:, None] * Vh, fresh.to(S))
     return LowRank(B.to(W.dtype), A.to(W.dtype))
 

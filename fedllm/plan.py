@@ -56,7 +56,8 @@ def show(recipe: Recipe, plan: dict[str, Any], console: Console) -> None:
         console.print(levels)
         console.print(
             f"the run: {size(totals['comm_bytes'])} as 4 bytes a number both ways; in the papers' columns "
-            f"{totals['comm_paper_gb']:,.2f} GB (a byte a parameter, one way), {totals['flops_paper_1e12']:,.2f}e12 FLOPs",
+            f"{totals['comm_paper_gb']:,.2f} GB (a byte a parameter, one way), "
+            f"{totals['flops_paper_1e12']:,.2f}e12 FLOPs",
             soft_wrap=True,
         )
     if plan.get("guessed"):
@@ -71,6 +72,7 @@ def show(recipe: Recipe, plan: dict[str, Any], console: Console) -> None:
         soft_wrap=True,
     )
     console.print(
-        f"writes {recipe.output}/: recipe.yaml rounds.jsonl checkpoint/ eval/ {recipe.worker.exported}/ report.md plots/",
+        f"writes {recipe.output}/: recipe.yaml rounds.jsonl checkpoint/ eval/ {recipe.worker.exported}/ "
+        "report.md plots/",
         soft_wrap=True,
     )

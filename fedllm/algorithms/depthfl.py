@@ -1,4 +1,4 @@
-"""DepthFL (Kim et al., 2023): clients train the first stages with an exit after each, and the exits teach each other."""
+"""DepthFL (Kim et al., 2023): clients train the first stages, an exit after each, and the exits teach each other."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedllm.core import Client, Model, Reply, Round, Tensors, under, within
 class DepthFL(FedAvg):
     """``L = sum_i CE_i + w(t) / (b - 1) sum_i sum_{j != i} tau^2 KL(softmax(z_j / tau) || softmax(z_i / tau))``.
 
-    The teacher ``z_j`` gets no gradient. Served are the exits that at least one client trains; their logits are averaged.
+    The teacher ``z_j`` gets no gradient. Served are the exits that a client trains; their logits are averaged.
 
     Args:
         distillation: w, after its ramp ``exp(-5 (1 - t / t_1)^2)``.

@@ -1,4 +1,4 @@
-"""FedHM (Yao et al., 2021): the server factorises the full network for every capacity, and averages what they multiply to."""
+"""FedHM (Yao et al., 2021): the network is factorised for every capacity, and the products of the factors averaged."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ ALPHAS = {"b1": 0.01, "b2": 0.15, "b3": 0.6, "b4": 1.4}
 class FedHM(FedAvg):
     """``W = sum p_i U_i V_i^T``; client i trains ``U_i, V_i``, the best approximation of W at its own rank.
 
-    One SVD a layer and round serves all ranks: a smaller approximation is the first columns of a larger one. Factors that
-    separate SVDs made are never averaged, their signs and rotations are arbitrary.
+    One SVD a layer and round serves all ranks: a smaller approximation is the first columns of a larger one. Factors
+    that separate SVDs made are never averaged, their signs and rotations are arbitrary.
 
     Args:
         rho: numbered layers that stay whole.
         alphas: rank ratio by capacity level.
         alpha: one ratio for all clients instead.
-        svd_every: rounds between two such steps, the factors being averaged in between (FedHMv2, which needs one ratio):
+        svd_every: rounds between two such steps, factors being averaged in between (FedHMv2, which needs one ratio):
             1 is FedHM, ``null`` (never) is FedLMT from a spectral start.
         decay: as FedLMT's.
         weighting: ``uniform`` (the paper's Algorithm 2) or ``data``.

@@ -19,7 +19,7 @@ LEVELS = {"b1": (1, 0.03), "b2": (3, 0.15), "b3": (5, 0.4)}
 
 @dataclass(frozen=True)
 class FedLMT(FedAvg):
-    """The network's layers after the first ``rho`` are ``U V^T`` of rank ``alpha c_out`` from the first round to the last.
+    """Layers after the first ``rho`` are ``U V^T`` of rank ``alpha c_out`` from the first round to the last.
 
     One network for all: in a mixed federation that of the weakest client.
 
@@ -28,7 +28,7 @@ class FedLMT(FedAvg):
         alpha: rank ratio, likewise. The rank is ``round(alpha c_out)``, as the paper's counts need.
         decay: regulariser -> coefficient, of the sum over the factorised layers: ``frobenius`` (the paper's), ``l2``,
             ``kronecker``, or two of them.
-        start: factors drawn as convolutions are (``kaiming``), or the best approximation of a full network (``spectral``).
+        start: factors drawn as convolutions are (``kaiming``), or a full network's best approximation (``spectral``).
     """
 
     rho: int | None = None

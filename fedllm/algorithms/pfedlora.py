@@ -1,4 +1,4 @@
-"""pFedLoRA (Park and Klabjan, 2024, as a baseline of FedLoRU): full shared weights, and a private low-rank pair beside every convolution."""
+"""pFedLoRA (Park and Klabjan, 2024): full shared weights, and a private low-rank pair beside every convolution."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAIR = "private"
 
 @dataclass(frozen=True)
 class PFedLoRA2(FedAvg):
-    """W is shared and averaged, L and U are the client's own, and all train together; the client uses ``W + alpha/r U L``.
+    """W is shared and averaged, L and U are the client's own, and all train together to ``W + alpha/r U L``.
 
     Args:
         rank: r of the private pairs, as far as a convolution has it.

@@ -1,4 +1,4 @@
-"""FedDropout (Caldas et al., 2018), HeteroFL (Diao et al., 2021) and FedRolex (Alam et al., 2022): clients train narrower networks cut out of the server's."""
+"""FedDropout (Caldas, 2018), HeteroFL (Diao, 2021), FedRolex (Alam, 2022): clients train parts cut from the network."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class SubModel(FedAvg):
 
 
 def masked_loss(z: Tensor, y: Tensor, classes: Tensor) -> Tensor:
-    """Cross-entropy with the logits of all other classes set to 0 (not to minus infinity); ``z (..., C)``, ``y (...)``."""
+    """Cross-entropy with the logits of all other classes set to 0, not minus infinity; ``z (..., C)``, ``y (...)``."""
     mine = torch.zeros(z.shape[-1], dtype=torch.bool, device=z.device).index_fill(0, classes.to(z.device), True)
     return torch.nn.functional.cross_entropy(torch.where(mine, z, 0.0).flatten(0, -2), y.flatten())
 

@@ -67,7 +67,7 @@ class Arrays:
         raise NotImplementedError
 
     def labels(self, path: str | None, split: Literal["train", "test"], most: int | None, seed: int) -> list[int] | int:
-        """The class of every example that ``load`` would give, without decoding them; their number where they have none."""
+        """The class of every example that ``load`` would give, undecoded; their number where they have none."""
         examples = self.load(path, split, most, seed)
         return len(examples) if examples.y is None else examples.y.tolist()
 

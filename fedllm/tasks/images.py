@@ -232,8 +232,8 @@ class FashionMNIST(MNIST):
 class Prototypes(Arrays):
     """Images made to order: a few noisy, shifted prototypes of each class, for tests and minutes on a CPU.
 
-    A prototype is 3 x 5 x 5 normal numbers enlarged to ``side`` pixels and scaled to unit deviation. An image is one of its
-    class's, rolled by up to 3 pixels both ways, times U(0.6, 1.4), plus noise.
+    A prototype is 3 x 5 x 5 normal numbers enlarged to ``side`` pixels and scaled to unit deviation. An image is one of
+    its class's, rolled by up to 3 pixels both ways, times U(0.6, 1.4), plus noise.
 
     Args:
         sigma: standard deviation of the noise.

@@ -22,8 +22,8 @@ END = "<eos>"
 class WikiText2(Arrays):
     """Words of Wikipedia articles; a share of them is masked, and the network says every word.
 
-    As in the published runs the loss, and so the perplexity, is over all words, the visible ones too; ``masked_accuracy``
-    is over the masked ones alone.
+    As in the published runs the loss, and so the perplexity, is over all words, the visible ones too;
+    ``masked_accuracy`` is over the masked ones alone.
 
     Args:
         length: words a block.
