@@ -335,7 +335,8 @@ def verdict(cells: Mapping[str, Cell], key: str) -> Verdict | None:
         spread = stdev(gaps) / math.sqrt(len(gaps))
         t = abs(fmean(gaps)) / spread if spread > 1e-9 * abs(fmean(gaps)) else None  # the same gap each time: no test
         p = None if t is None else 2 * float(stats.t.sf(t, len(gaps) - 1))
-        return Verdict(best, second, fmean(gaps), f"paired t-test over {len(shared)} seeds", p)
+        test = f"paired t-test over {len(shared)} seeds" if p is not None else "the same gap with each seed: no test"
+        return Verdict(best, second, fmean(gaps), test, p)
     if len(ours) > 1 and len(theirs) > 1 and (stdev(ours.values()) or stdev(theirs.values())):
         p = float(stats.ttest_ind(list(ours.values()), list(theirs.values()), equal_var=False).pvalue)
         return Verdict(best, second, gap, f"Welch's t-test over {len(ours)} and {len(theirs)} seeds", p)
@@ -436,7 +437,8 @@ def score_table(entries: Sequence[Entry], key: str) -> str:
         for setting, cells in by.items():
             told, found = written(cells.get(method), key), judged[setting]
             sure = found is not None and found.p is not None and found.p < LEVEL
-            best = found is not None and method in cells and cells[method].mean == cells[found.best].mean
+            top = {m for m, c in cells.items() if found is not None and c.mean == cells[found.best].mean}
+            best = method in top and len(top) < len(cells)
             line.append(f"**{told}**" + "\\*" * sure if best else told)
         lines.append(line)
     under = {s: baselines(entries, s, key) for s in settings_in(e for e in entries if not e.pooled)}
@@ -464,9 +466,9 @@ def verdict_lines(entries: Sequence[Entry], key: str) -> list[str]:
             continue
         gap = f"{100 * found.gap:+.1f} points" if is_fraction(key) else f"{found.gap:+.3f}"
         how = found.test if found.p is None else f"{found.test}, p = {found.p:.2g}"
-        ends = "not tested" if found.p is None else "significant" if found.p < LEVEL else "not significant"
+        ends = "" if found.p is None else ", significant" if found.p < LEVEL else ", not significant"
         start = f"{safe(setting)}: " if setting else ""
-        told = f"{gap} ({how}), {ends}" if found.gap else "the same"
+        told = f"{gap} ({how}){ends}" if found.gap else "the same"
         lines.append(f"- {start}{safe(found.best)} against {safe(found.second)}: {told}.")
     return ["\n".join(lines)] if lines else []
 

@@ -181,11 +181,9 @@ def clients(entries: Sequence[Entry], keys: Sequence[str], colors: Mapping[str, 
             if not by:
                 continue
             shift = 0.06 * (place - (len(groups) - 1) / 2)
-            x = [ranks.index(rank) for rank in sorted(by)]
+            x = [ranks.index(rank) + shift for rank in sorted(by)]
             for at, rank in zip(x, sorted(by), strict=True):
-                ax.plot(
-                    [at + shift] * len(by[rank]), by[rank], ls="", marker="o", ms=3.5, color=color, alpha=0.45, mew=0
-                )
+                ax.plot([at] * len(by[rank]), by[rank], ls="", marker="o", ms=3.5, color=color, alpha=0.45, mew=0)
             middle = [fmean(by[rank]) for rank in sorted(by)]
             ax.plot(x, middle, color=color, ls=style, lw=1.8, marker="_" if len(x) == 1 else None, ms=16, mew=2)
             told = "each client alone" if kind == "alone" else name

@@ -117,7 +117,7 @@ def test_settings_are_columns_and_have_an_average(tmp_path):
         ["%", "clients.rank \\[8, 2\\]", "clients.rank \\[4, 2\\]", "average"], ["---", "---:", "---:", "---:"],
         ["fedhl", "10.0", "30.0", "20.0"], ["fedit", "**30.0**", "**50.0**", "**40.0**"],
     ]  # fmt: skip
-    assert "no test: one seed" in page and "not tested" in page and "With 1 seed a test" in page
+    assert "(no test: one seed)." in page and "With 1 seed a test" in page
     drawn = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert len(drawn) == 2 and all(name.startswith("curves_") for name in drawn)
 
@@ -226,7 +226,7 @@ def test_verdicts():
     assert welch.best == "b" and welch.p == pytest.approx(1 - t / math.sqrt(2 + t * t)) and "Welch" in welch.test
     # the same gap with every seed: no spread to test against
     constant = compare.verdict({"a": Cell({0: 1.0, 1: 2.0}), "b": Cell({0: 2.0, 1: 3.0})}, "loss")
-    assert constant.best == "a" and constant.gap == -1 and constant.p is None
+    assert constant.best == "a" and constant.gap == -1 and constant.p is None and "no test" in constant.test
     assert compare.verdict({"a": Cell({0: 1.0})}, "loss") is None
 
 
