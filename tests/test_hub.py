@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -29,6 +30,7 @@ TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyz0123456789"
 LOADS = """
 import json, sys, torch
 from peft import PeftModel
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedllm.inference import held_out_loss
 from fedllm.models.language import load as load_base
@@ -178,6 +180,14 @@ def test_no_repo_no_run_no_way_and_no_adapter(run, tmp_path):
     for asked, message in cases:
         with pytest.raises(FedError, match=message.replace("?", r"\?")):
             asked()
+
+
+def test_an_upload_that_fails_at_the_end_of_a_run_says_how_to_try_again(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    recipe = load([f"recipe={run / 'recipe.yaml'}", f"run.output={tmp_path / 'run'}", "hub.dry_run=false"])
+    with pytest.raises(FedError, match="cannot be reached.*The run itself is whole: `fedllm push .*run` uploads it"):
+        hub.publish(recipe, Console())
+    hub.publish(load(["recipe=smoke"]), Console())
 
 
 def test_a_run_that_could_not_be_uploaded_does_not_begin(tmp_path):

@@ -97,3 +97,14 @@ def test_another_rule_leaves_the_page_s_keys_of_its_own_behind():
     assert (kept.epsilon, kept.temperature) == (1e-6, 2.0)
     with pytest.raises(FedError, match="algorithm.epsilon is not a key"):
         load(["recipe=fedhl_gsm8k", "algorithm.name=flora", "algorithm.epsilon=1"])
+
+
+@pytest.mark.parametrize(("asked", "places"), [("null", []), ("2", [2]), ("[0,3]", [0, 3]), ("all", [0, 1, 2, 3])])
+def test_which_clients_also_train_alone(asked, places):
+    assert load(["recipe=smoke", f"eval.alone={asked}"]).eval.alone_of(4) == places
+
+
+@pytest.mark.parametrize("asked", ["4", "[0,-1]", "some"])
+def test_a_client_that_is_not_there_cannot_train_alone(asked):
+    with pytest.raises(FedError, match="eval.alone="):
+        load(["recipe=smoke", f"eval.alone={asked}"])
