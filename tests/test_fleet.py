@@ -215,3 +215,24 @@ def test_a_client_that_breaks_in_the_middle_of_training_leaves_the_next_one_as_i
     assert isinstance(failed, Failed) and "out of memory" in failed.reason
     assert isinstance(before[0], Reply) and isinstance(after[0], Reply)
     assert digest(before[0].returned) == digest(after[0].returned) and digest(before[1]) == digest(after[1])
+
+
+def test_whole_networks_too_are_the_same_to_the_bit(tmp_path: Path) -> None:
+    """Convolutions of three widths, a cohort of four of eight clients: on one process, then on two."""
+    runs = []
+    for size in (1, 2):
+        (tmp_path / str(size)).mkdir()
+        recipe = ["recipe=vision_smoke", "algorithm.name=heterofl", "run.threads=1", "run.rounds=2", "run.output=run"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+        done = subprocess.run(
+            [*command, str(ROOT / "fedllm/train.py"), *recipe],
+            cwd=tmp_path / str(size), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+            timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        digests = [
+            {id: client["digest"] for id, client in json.loads(line)["clients"].items()}
+            for line in (tmp_path / f"{size}/run/rounds.jsonl").read_text().splitlines()
+        ]
+        runs.append((digests, (tmp_path / f"{size}/run/model/model.safetensors").read_bytes()))
+    assert runs[0] == runs[1] and len(runs[0][0]) == 2
