@@ -29,7 +29,7 @@ def test_what_is_dumped_loads_to_the_same_recipe(name, tmp_path):
     [
         ("run.ronds=3", r"run\.ronds is not a key.*Did you mean run\.rounds"),
         ("algoritm.name=fedhl", r"algoritm is not a key.*Did you mean algorithm"),
-        ("algorithm.name=fedlh", r"no algorithm of that name.*Did you mean fedhl"),
+        ("algorithm.name=fedhll", r"no algorithm of that name.*Did you mean fedhl"),
         ("algorithm.epsilom=1", r"algorithm\.epsilom.*Did you mean algorithm\.epsilon"),
         ("algorithm.epsilon=small", r"algorithm\.epsilon='small'.*float"),
         ("algorithm.weights=fedav", r"algorithm\.weights='fedav'.*fedavg"),
