@@ -20,9 +20,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RECIPE = [
-    "recipe=smoke", "run.rounds=4", "run.threads=1", "run.overwrite=false", "worker.steps=2", "worker.optimizer=kept",
+    "recipe=smoke", "run.rounds=4", "run.threads=1", "run.overwrite=false", "worker.steps=1", "worker.optimizer=kept",
     "worker.dropout=0.1", "data.train_rows=24", "data.test_rows=2", "clients.participation=0.75", "eval.generate=false",
-    "eval.every=2", "faults={stale: 0.2, drop: 0.1}",
+    "eval.every=2", "eval.clients=true", "faults={stale: 0.2, drop: 0.1}",
 ]  # fmt: skip
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir"}
 """Audit events that change a folder; ``open`` for writing is another."""
@@ -36,6 +36,7 @@ def test_a_run_killed_at_twenty_random_moments_is_the_undisturbed_run(tmp_path: 
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
+    assert told["stopped"] == 130  # Ctrl-C once: the client is finished, all is saved, and it is no success
     assert told["kills"] >= 20 and told["different"] == [] and told["failed"] == []
     rounds = [json.loads(line) for line in (tmp_path / "undisturbed/rounds.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rounds] == [1, 2, 3, 4]
@@ -91,7 +92,18 @@ def drive(folder: Path, wanted: int) -> dict[str, object]:
             break
         if left(run) != left(reference):
             different.append(run.name)
-    return {"kills": kills, "runs": number, "changes": total, "different": different, "failed": failed}
+    polite = folder / "polite"
+    stopped = life(polite, lambda pid: end_after(pid, 0.6 * whole, signal.SIGINT))
+    if life(polite, lambda pid: None) != 0 or left(polite) != left(reference):
+        different.append(polite.name)
+    return {
+        "stopped": stopped,
+        "kills": kills,
+        "runs": number,
+        "changes": total,
+        "different": different,
+        "failed": failed,
+    }
 
 
 def life(run: Path, meanwhile: Callable[[int], None], *, at: int = 0, count: Path | None = None) -> int:
@@ -131,14 +143,14 @@ def life(run: Path, meanwhile: Callable[[int], None], *, at: int = 0, count: Pat
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def end_after(pid: int, seconds: float) -> None:
-    """SIGKILL once the time is over; nothing where the process has ended before."""
+def end_after(pid: int, seconds: float, by: int = signal.SIGKILL) -> None:
+    """A signal once the time is over; nothing where the process has ended before."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return
         time.sleep(0.005)
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, by)
 
 
 def left(run: Path) -> tuple[bytes, list[dict], list[dict]]:
