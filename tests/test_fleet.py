@@ -217,6 +217,15 @@ def test_a_client_that_breaks_in_the_middle_of_training_leaves_the_next_one_as_i
     assert digest(before[0].returned) == digest(after[0].returned) and digest(before[1]) == digest(after[1])
 
 
+def test_a_launch_that_spreads_one_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    with joined():
+        pass
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(FedError, match="each of them trains whole clients of its own"), joined():
+        pass
+
+
 def test_whole_networks_too_are_the_same_to_the_bit(tmp_path: Path) -> None:
     """Convolutions of three widths, a cohort of four of eight clients: on one process, then on two."""
     runs = []

@@ -26,6 +26,8 @@ from fedllm.interrupt import once
 from fedllm.payload import pack, unpack
 from fedllm.progress import Display
 
+SPREADING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+
 PATIENCE = timedelta(days=7)
 """How long a process waits for another: a client may train for days. One that dies is noticed at once."""
 
@@ -92,7 +94,17 @@ def joined() -> Iterator[Processes]:
 
     For as long as the context lasts the launcher's variables are hidden, and this process sees one GPU at most: its
     own. When rank 0 leaves it, the others' ``serve`` ends.
+
+    Raises:
+        FedError: where the launch is configured to spread one model over its processes.
     """
+    for name, value in os.environ.items():
+        if name in SPREADING and value.lower() in {"1", "true", "yes"}:
+            raise FedError(
+                f"{name}={value}: this launch spreads one model over its processes, and here each of them trains whole "
+                "clients of its own. Launch with a config without FSDP, DeepSpeed or Megatron; a model too large "
+                "for one device trains with model.quantization=4bit."
+            )
     hidden = {name: os.environ[name] for name in LAUNCHER if name in os.environ}
     rank, size = int(hidden.get("RANK", 0)), int(hidden.get("WORLD_SIZE", 1))
     here = Processes(rank, size, int(hidden.get("LOCAL_WORLD_SIZE", 1)), _group(rank, size) if size > 1 else None)
