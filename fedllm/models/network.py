@@ -28,7 +28,7 @@ class Network:
 
     Args:
         name: ``resnet18`` (CIFAR stem), ``cnn`` (five convolutions), ``yi1`` to ``yi5``, or ``transformer`` (masked words).
-        norm: after convolutions: ``batch`` statistics at training and at test, ``running`` ones kept for test, or ``gn``.
+        norm: after convolutions: on ``batch`` statistics at the test too, on ``running`` ones there, or ``gn``.
         widths: channels of the ResNet's four stages or of the CNN's convolutions; by default the papers'.
         d: the transformer's embedding size.
         ffn: units between its feed-forward layers.
@@ -86,8 +86,8 @@ NETWORKS: dict[str, dict[str, Callable[..., FedModel]]] = {
 def fitted(described: FedModel, weights: Mapping[str, Tensor], alphas: Mapping[str, float] | None = None) -> FedModel:
     """The network that ``weights`` belong to: their names and shapes say what was cut away, split or added.
 
-    Layers that they lack are gone (depth), axes are as long as theirs (width), ``LAYER.first`` and ``LAYER.second`` make a
-    layer factorised, ``LAYER.PAIR.up`` and ``LAYER.PAIR.down`` put a low-rank pair beside it.
+    Layers that they lack are gone (depth), axes are as long as theirs (width), ``LAYER.first`` and ``LAYER.second`` make
+    a layer factorised, ``LAYER.PAIR.up`` and ``LAYER.PAIR.down`` put a low-rank pair beside it.
 
     Args:
         described: the whole network, on the meta device; it becomes the answer.

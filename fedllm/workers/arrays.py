@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedllm import ledger
 from fedllm.accounting import Level, assign, forward_cost, sizes, totals
 from fedllm.algorithms.fedavg import FedAvg
-from fedllm.core import Client, FedError, Model, Round, Tensors, Unreachable
+from fedllm.core import Algorithm, Client, FedError, Model, Round, Tensors, Unreachable
 from fedllm.models.build import drawn
 from fedllm.models.network import fitted
 from fedllm.partition import IID, Dirichlet, Partition, capped, describe, dirichlet_shares
@@ -50,8 +50,8 @@ class ArrayFederation:
     """Everything about a run that is known before its examples are decoded.
 
     Args:
-        recipe: the resolved recipe, whose worker is ``Vision``. Where it only asks for a plan and the data cannot be had,
-            the known number of examples is dealt out evenly.
+        recipe: the resolved recipe, whose worker is ``Vision``. Where it only asks for a plan and the data cannot be
+            had, the known number of examples is dealt out evenly.
 
     Raises:
         FedError: examples that cannot be had, an unknown level, a network that lacks the algorithm's variant.
@@ -86,8 +86,11 @@ class ArrayFederation:
         values = dict(net.state_dict()) if recipe.run.plan else draw(net)
         self.model = Model(values, anatomy=net.anatomy(), make=make, draw=draw)
 
-    alone = FedAvg()
-    """How a client trains without the others."""
+    @property
+    def alone(self) -> Algorithm:
+        """How a client trains without the others: the plain network, or its rule's own variant by that rule."""
+        rule: Algorithm = self.recipe.algorithm
+        return FedAvg() if rule.network == FedAvg.network else rule
 
     @property
     def notes(self) -> list[str]:
@@ -128,8 +131,9 @@ class ArrayFederation:
     def plan(self) -> dict[str, Any]:
         """Who trains what, what travels and what the papers' columns of the whole run are; plain JSON values.
 
-        ``levels`` are counted from the networks; ``totals`` from the cohorts that this seed will draw. ``comm_paper_gb`` is
-        the papers' column (a byte a parameter, one direction), ``comm_bytes`` 4 bytes a number that travels, both ways.
+        ``levels`` are counted from the networks; ``totals`` from the cohorts that this seed will draw.
+        ``comm_paper_gb`` is the papers' column (a byte a parameter, one direction), ``comm_bytes`` 4 bytes a number that
+        travels, both ways.
         """
         recipe, rounds = self.recipe, self.recipe.run.rounds
         state = recipe.algorithm.init(self.model, self.clients)

@@ -1,7 +1,8 @@
 """A client that trains a whole network, or a part of one, by SGD. Plain PyTorch; nothing here knows an algorithm.
 
-The weights that arrive say which network they belong to (``fedllm.models.network.fitted``), so narrow, shallow, factorised
-and full clients share this code. Arrays fit in memory: batches are cut and augmented as tensors, without loader processes.
+The weights that arrive say which network they belong to (``fedllm.models.network.fitted``), so narrow, shallow,
+factorised and full clients share this code. Arrays fit in memory: batches are cut and augmented as tensors, without
+loader processes.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class Vision:
         weight_decay: SGD's, on every weight that trains.
         max_grad_norm: the gradient is clipped to this norm; 0 for never.
         test_batch_size: examples at once in a test; with norms on batch statistics the scores depend on it.
-        statistics: of the norms at a test: the ``batch``'s own, or ``static`` ones gathered before from training batches
-            with the weights to be tested (HeteroFL's sBN).
+        statistics: of the norms at a test: the ``batch``'s own, or ``static`` ones gathered before from training
+            batches with the weights to be tested (HeteroFL's sBN).
         score: test accuracy over ``pooled`` examples, the mean over the ``clients``' own test examples, or ``both``.
     """
 
@@ -158,8 +159,8 @@ class Seat:
             alphas: low-rank pairs among the weights -> LoRA's alpha.
 
         Returns:
-            The trained weights under the names of ``sent``, the memory, and ``train_loss`` (mean over steps), ``steps``,
-            ``seconds``.
+            The trained weights under the names of ``sent``, the memory, and ``train_loss`` (mean over steps),
+            ``steps``, ``seconds``.
         """
         started = time.perf_counter()
         worker, settings = self.worker, self.worker.settings
@@ -310,7 +311,7 @@ class VisionWorker:
 
     @torch.no_grad()
     def measure(self, weights: Tensors, at: Tensor, alphas: Mapping[str, float] | None = None) -> dict[str, float]:
-        """The task's scores on the test examples ``at``, in their order; several exits are averaged, and scored alone too."""
+        """The task's scores on the test examples ``at``, in their order; exits are averaged, and scored alone too."""
         net = self.fitted(weights, alphas)
         if self.settings.statistics == "static":
             net = with_running_statistics(net).train()
