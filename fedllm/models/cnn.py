@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fedllm.core import FedError
-from fedllm.models.build import NORM_TENSORS, FedModel, fan_out, norm2d, reset, uniform
+from fedllm.models.build import NORM_TENSORS, Features, FedModel, fan_out, norm2d, reset, uniform
 from fedllm.models.resnet import Head
 from fedllm.submodel import Anatomy, Cut, kept
 
@@ -46,6 +46,12 @@ class YiCNN(FedModel):
     def representation(self, x: Tensor) -> Tensor:
         """FC2's output after ReLU, ``(N, 500)``: what FedProto averages and FedKD compares."""
         return torch.relu(self.fc2(self.hidden(x)))
+
+    def features(self, x: Tensor) -> Features:
+        """The outputs of FC1, FC2 and FC3."""
+        hidden = self.hidden(x)
+        representation = torch.relu(self.fc2(hidden))
+        return Features(hidden, representation, self.fc3(representation))
 
     def forward(self, x: Tensor) -> Tensor:  # (N, 3, 32, 32) -> (N, classes)
         return self.fc3(self.representation(x))
@@ -105,6 +111,16 @@ class Adapter(FedModel):
         return Anatomy(groups, axes, ("down", "up"), ("down", "up"), (("down", "up"),), ("up",))
 
 
+SMALL_WIDTHS = (
+    (16, 32, 32, 64, 64),
+    (8, 32, 32, 64, 64),
+    (16, 16, 32, 48, 64),
+    (8, 16, 32, 32, 64),
+    (8, 16, 16, 32, 64),
+)
+"""Five networks for clients whose models differ, in minutes on a CPU: they share the last layer's 64 inputs alone."""
+
+
 class SmallCNN(FedModel):
     """Five 3 x 3 convolutions (strides 1, 2, 1, 2, 1), each with norm and ReLU, pool, linear: no residuals.
 
@@ -135,9 +151,14 @@ class SmallCNN(FedModel):
         self.head = Head(channels[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, c_in, H, W) -> (N, classes)
+        return self.features(x).logits
+
+    def features(self, x: Tensor) -> Features:
+        """The pooled channels of the last convolution, twice, and the logits."""
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = torch.relu(norm(conv(x)))
-        return self.head(x)
+        pooled = self.head.pool(x).flatten(1)
+        return Features(pooled, pooled, self.head.fc(pooled))
 
     def initialize(self, generator: torch.Generator) -> None:
         for module in self.modules():

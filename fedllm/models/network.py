@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedllm.core import FedError
 from fedllm.models.build import FedModel, describe
-from fedllm.models.cnn import SmallCNN, YiCNN
+from fedllm.models.cnn import SMALL_WIDTHS, SmallCNN, YiCNN
 from fedllm.models.factorized import factorize
 from fedllm.models.flanc import FlancResNet
 from fedllm.models.lowrank_conv import Spec, adapt
@@ -27,7 +27,10 @@ class Network:
     """Which network, trained from its first weights on.
 
     Args:
-        name: ``resnet18`` (CIFAR stem), ``cnn`` (five convolutions), ``yi1`` to ``yi5``, or ``transformer`` (masked words).
+        name: ``resnet18`` (CIFAR stem), ``cnn`` (five convolutions), ``cnn1`` to ``cnn5`` (of other widths), ``yi1`` to
+            ``yi5``, or ``transformer`` (masked words).
+        own: networks of the clients' own, dealt out in turn: client k has ``own[k mod len(own)]``, and ``name`` is the
+            one that is shared, where any is. By default ``name`` for all.
         norm: after convolutions: on ``batch`` statistics at the test too, on ``running`` ones there, or ``gn``.
         widths: channels of the ResNet's four stages or of the CNN's convolutions; by default the papers'.
         d: the transformer's embedding size.
@@ -36,6 +39,7 @@ class Network:
     """
 
     name: str = "resnet18"
+    own: tuple[str, ...] = ()
     norm: Literal["batch", "running", "gn"] = "batch"
     widths: tuple[int, ...] | None = None
     d: int = 128
@@ -59,6 +63,10 @@ class Network:
             "cnn": {"classes": classes, "norm": self.norm, **sizes},
             "transformer": {"vocab": classes, "d": self.d, "ffn": self.ffn, "depth": self.depth, "length": length},
             **{f"yi{kind}": {"kind": kind, "classes": classes} for kind in range(1, 6)},
+            **{
+                f"cnn{kind}": {"classes": classes, "norm": self.norm, "widths": widths}
+                for kind, widths in enumerate(SMALL_WIDTHS, start=1)
+            },
         }
         if self.name not in NETWORKS:
             raise FedError(f"model.name={self.name}: there is no network of that name. Valid: {', '.join(NETWORKS)}.")
@@ -79,6 +87,7 @@ NETWORKS: dict[str, dict[str, Callable[..., FedModel]]] = {
     "cnn": {"plain": SmallCNN},
     "transformer": {"plain": MaskedLM},
     **{f"yi{kind}": {"plain": YiCNN} for kind in range(1, 6)},
+    **{f"cnn{kind}": {"plain": SmallCNN} for kind in range(1, 6)},
 }
 """``model.name`` -> variant -> class."""
 

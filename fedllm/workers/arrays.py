@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from fedllm import ledger
 from fedllm.accounting import Level, assign, forward_cost, sizes, totals
+from fedllm.algorithms import PRIVATE
 from fedllm.algorithms.fedavg import FedAvg
 from fedllm.core import Algorithm, Client, FedError, Model, Round, Tensors, Unreachable
 from fedllm.models.build import drawn
-from fedllm.models.network import fitted
+from fedllm.models.network import Make, fitted
 from fedllm.partition import IID, Dirichlet, Partition, capped, describe, dirichlet_shares
 from fedllm.rounds import sample
-from fedllm.workers.vision import Vision, VisionWorker
+from fedllm.workers.vision import Vision, VisionWorker, output
 
 LEVELS = {f"b{i}": (i / 4, i) for i in range(1, 5)}
 """Capacity level -> width and depth of the parts that fit it, as in FedLMT's Table 1; b4 holds the whole network."""
@@ -33,14 +34,27 @@ class Echo:
     client: Client
     steps: int
     labels: Tensor
+    shared: Model
+    shape: tuple[int, ...]
     trained: dict[str, Tensor] = field(default_factory=dict)
     alphas: Mapping[str, float] | None = None
 
     def train(
         self, sent: Tensors, memory: Tensors, rnd: Round, frozen: Tensors | None = None, **options: Any
     ) -> tuple[Tensors, Tensors, dict[str, float]]:
-        self.trained, self.alphas = {**(frozen or {}), **sent}, options.get("alphas")
+        beside = options.get("network") is not None  # the papers count a client's own network, which it uses
+        self.trained = dict(self.model.weights) if beside else {**(frozen or {}), **sent}
+        self.alphas = options.get("alphas")
         return sent, memory, {}
+
+    def outputs(
+        self, weights: Tensors, forward: Callable[[Any, Tensor], Tensor] = output
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Zeros, an example of each class."""
+        assert self.model.make is not None
+        net = self.model.make()
+        x = torch.zeros(len(self.labels), *self.shape, device="meta")
+        yield torch.zeros(forward(net, x).shape), self.labels
 
     def score(self, weights: Tensors, alphas: Mapping[str, float] | None = None) -> dict[str, float]:
         return {}
@@ -81,10 +95,22 @@ class ArrayFederation:
         self.parts = {client.id: part for client, part in zip(self.clients, parts, strict=True)}
         kind = recipe.page["data"]["partition"]["name"]
         self.partition = describe(kind, parts, known, n, self.clients, seed)
+        self.model = self._model(make)
+        self.own = {
+            name: self._model(
+                dataclasses.replace(recipe.model, name=name).maker(
+                    recipe.algorithm.network, self.task.classes, self.task.shape[0]
+                )
+            )
+            for name in dict.fromkeys(recipe.model.own)
+        }
+
+    def _model(self, make: Make) -> Model:
+        """The network with its first values; a plan does without them."""
         net = make()
-        draw = lambda described: drawn(described, Round(0, seed).rng("initial"))  # noqa: E731
-        values = dict(net.state_dict()) if recipe.run.plan else draw(net)
-        self.model = Model(values, anatomy=net.anatomy(), make=make, draw=draw)
+        draw = lambda described: drawn(described, Round(0, self.recipe.run.seed).rng("initial"))  # noqa: E731
+        values = dict(net.state_dict()) if self.recipe.run.plan else draw(net)
+        return Model(values, anatomy=net.anatomy(), make=make, draw=draw)
 
     @property
     def alone(self) -> Algorithm:
@@ -126,6 +152,7 @@ class ArrayFederation:
             self.recipe.run.rounds,
             device,
             on_step,
+            self.own,
         )
 
     def plan(self) -> dict[str, Any]:
@@ -192,7 +219,15 @@ class ArrayFederation:
         unknown = [level for level in clients.levels if level not in LEVELS]
         if unknown:
             raise FedError(f"clients.levels: there is no level {unknown[0]!r}. Valid: {', '.join(LEVELS)}.")
+        own = self.recipe.model.own
+        if own and (self.recipe.algorithm_name not in PRIVATE or clients.levels):
+            raise FedError(
+                f"model.own={list(own)} gives clients networks that differ: take no clients.levels, and one of the rules "
+                f"that leave a network with its client: {', '.join(PRIVATE)}."
+            )
         n = clients.count or max(1, len(clients.levels))
+        if own:
+            return [Client(f"c{i}", 0, level=own[i % len(own)]) for i in range(n)]
         if not clients.levels:
             return [Client(f"c{i}", 0) for i in range(n)]
         return [
@@ -217,7 +252,8 @@ class ArrayFederation:
         labels = torch.arange(self.task.classes)
         if self.labels is not None:
             labels = torch.from_numpy(np.unique(np.asarray(self.labels)[rows]))
-        seat = Echo(self.model, client, self.settings.steps_for(len(rows)), labels)
+        own = self.own.get(client.level, self.model)
+        seat = Echo(own, client, self.settings.steps_for(len(rows)), labels, self.model, self.task.shape)
         sent = ledger.canonical(self.recipe.algorithm.download(state, client, rnd))
         returned, _, _ = self.recipe.algorithm.local(seat, sent, {}, rnd)
         return sent, returned, seat
@@ -226,8 +262,8 @@ class ArrayFederation:
         rnd = Round(first, self.recipe.run.seed, rounds=self.recipe.run.rounds)
         for level, client in {client.level: client for client in self.clients}.items():
             sent, returned, seat = self._visit(state, client, rnd)
-            assert self.model.make is not None
-            net: nn.Module = fitted(self.model.make(), seat.trained, seat.alphas)
+            assert seat.model.make is not None
+            net: nn.Module = fitted(seat.model.make(), seat.trained, seat.alphas)
             cost = forward_cost(net, self.task.shape, self.task.dtype).total
             params = sum(p.numel() for p in net.parameters())
             yield Level((level or "all") + suffix, params, cost, sizes(sent), sizes(returned))

@@ -36,6 +36,10 @@ def everything(name: str) -> bool:
     return True
 
 
+def output(net: nn.Module, x: Tensor) -> Any:
+    return net(x)
+
+
 @dataclass(frozen=True)
 class Vision:
     """How a client trains. The optimizer is new in every round, its momentum is never kept or sent.
@@ -124,7 +128,12 @@ class Seat:
 
     @property
     def model(self) -> Model:
-        """The network with the values that every client can draw from the run's seed, at no cost in bytes."""
+        """The client's network with the values that it can draw from the run's seed, at no cost in bytes."""
+        return self.worker.own.get(self.client.level, self.worker.model)
+
+    @property
+    def shared(self) -> Model:
+        """The server's network, which is another one where clients have their own."""
         return self.worker.model
 
     @property
@@ -145,6 +154,8 @@ class Seat:
         phases: Sequence[Phase] = ((1.0, everything),),
         scale: float = 1.0,
         alphas: Mapping[str, float] | None = None,
+        network: Callable[[], Any] | None = None,
+        forward: Callable[[Any, Tensor], Any] = output,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
         """Trains ``sent`` on this client's examples.
 
@@ -157,6 +168,8 @@ class Seat:
             phases: one after the other, their shares sum to 1; momentum goes on from one to the next.
             scale: HeteroFL's scaler rate.
             alphas: low-rank pairs among the weights -> LoRA's alpha.
+            network: describes what the weights belong to, by default the client's network.
+            forward: what the loss is of, from the network and a batch of inputs.
 
         Returns:
             The trained weights under the names of ``sent``, the memory, and ``train_loss`` (mean over steps),
@@ -164,7 +177,7 @@ class Seat:
         """
         started = time.perf_counter()
         worker, settings = self.worker, self.worker.settings
-        net = worker.fitted({**(frozen or {}), **sent}, alphas).train()
+        net = worker.fitted({**(frozen or {}), **sent}, alphas, network or self.model.make).train()
         scaled(net, scale)
         params = {name: p for name, p in net.named_parameters() if name in sent}
         for name, p in net.named_parameters():
@@ -181,7 +194,7 @@ class Seat:
                         p.requires_grad_(turns[step](name))
                         p.grad = None  # a gradient of zero would still let momentum and decay move a frozen weight
                 x, y = worker.task.train_batch(worker.train_set, at, rnd.rng("augment", self.client.id, step))
-                value = loss(net(x.contiguous(memory_format=worker.layout(x))), y)
+                value = loss(forward(net, x.contiguous(memory_format=worker.layout(x))), y)
                 if penalty is not None:
                     value = value + penalty(net)
                 optimizer.zero_grad(set_to_none=True)
@@ -200,7 +213,18 @@ class Seat:
     def score(self, weights: Tensors, alphas: Mapping[str, float] | None = None) -> dict[str, float]:
         """The task's scores of these weights on this client's own test examples; empty where it has none."""
         at = self.worker.test_parts.get(self.client.id)
-        return {} if at is None or not len(at) else self.worker.measure(weights, at, alphas)
+        return {} if at is None or not len(at) else self.worker.measure(weights, at, alphas, self.model.make)
+
+    @torch.no_grad()
+    def outputs(
+        self, weights: Tensors, forward: Callable[[Any, Tensor], Tensor] = output
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """``forward(net, x)`` and the targets of all the client's training examples, a test batch at a time."""
+        worker = self.worker
+        net = worker.fitted(weights, None, self.model.make).eval()
+        for at in worker.parts[self.client.id].split(worker.settings.test_batch_size):
+            x, y = worker.task.test_batch(worker.train_set, at)
+            yield forward(net, x.contiguous(memory_format=worker.layout(x))), y
 
     def _batches(self, rnd: Round) -> Iterator[Tensor]:
         """Indices into the training examples, ``(B,)`` each; the order has a generator of its own."""
@@ -248,6 +272,7 @@ class VisionWorker:
         parts, test_parts: every client's indices into them, by client id.
         rounds: rounds of the run, for the schedule.
         on_step: called with the loss after every optimizer step, None where that would wait for a GPU.
+        own: networks of the clients' own, by the level of the clients that have them.
     """
 
     def __init__(
@@ -262,8 +287,10 @@ class VisionWorker:
         rounds: int,
         device: torch.device,
         on_step: Callable[[float | None], None] = lambda loss: None,
+        own: Mapping[str, Model] | None = None,
     ) -> None:
         self.settings, self.task, self.model, self.rounds, self.device = settings, task, model, rounds, device
+        self.own = own or {}
         self.train_set, self.test_set = train_set.to(device), test_set.to(device)
         self.parts = {id: torch.tensor(part) for id, part in parts.items()}
         self.test_parts = {id: torch.tensor(part) for id, part in test_parts.items()}
@@ -274,12 +301,22 @@ class VisionWorker:
         """This worker, standing for ``client``."""
         return Seat(self, client)
 
-    def fitted(self, weights: Tensors, alphas: Mapping[str, float] | None = None) -> nn.Module:
-        """The network of these weights with their values in it; one of each shape is kept and filled again."""
-        assert self.model.make is not None
+    def fitted(
+        self,
+        weights: Tensors,
+        alphas: Mapping[str, float] | None = None,
+        make: Callable[[], Any] | None = None,
+    ) -> nn.Module:
+        """The network of these weights with their values in it; one of each shape is kept and filled again.
+
+        Args:
+            make: describes it, by default the server's.
+        """
+        make = make or self.model.make
+        assert make is not None
         shape = (tuple((n, tuple(t.shape)) for n, t in sorted(weights.items())), tuple(sorted((alphas or {}).items())))
         if shape not in self._nets:
-            net: Any = fitted(self.model.make(), weights, alphas).to(self.device)
+            net: Any = fitted(make(), weights, alphas).to(self.device)
             self._nets[shape] = net.to(memory_format=torch.channels_last) if len(self.task.shape) == 3 else net
         net = self._nets[shape]
         load(net, weights)
@@ -310,9 +347,15 @@ class VisionWorker:
         return Score(metrics, [])
 
     @torch.no_grad()
-    def measure(self, weights: Tensors, at: Tensor, alphas: Mapping[str, float] | None = None) -> dict[str, float]:
+    def measure(
+        self,
+        weights: Tensors,
+        at: Tensor,
+        alphas: Mapping[str, float] | None = None,
+        make: Callable[[], Any] | None = None,
+    ) -> dict[str, float]:
         """The task's scores on the test examples ``at``, in their order; exits are averaged, and scored alone too."""
-        net = self.fitted(weights, alphas)
+        net = self.fitted(weights, alphas, make)
         if self.settings.statistics == "static":
             net = with_running_statistics(net).train()
             for batch in torch.arange(len(self.train_set)).split(self.settings.test_batch_size):

@@ -1,0 +1,116 @@
+"""FD (Jeong et al., 2018): clients share their networks' mean answer to each class, and learn from the others'."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, log_softmax
+
+from fedllm.algorithms.lg_fedavg import head_shape
+from fedllm.algorithms.standalone import own, scored
+from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors
+
+
+@dataclass(frozen=True)
+class ClassMeans(Algorithm):
+    """What travels is a row per class: down those that are known, up those of the classes that a client has.
+
+    ``known`` (C,), ``rows`` (K, d) -> ``seen`` (C,), ``rows`` (S, d). The server's row of a class is the mean over the
+    clients that have it, with ``seen`` as weights; a class that nobody in the cohort has keeps its row.
+    """
+
+    network: ClassVar[str] = "plain"
+
+    def length(self, model: Model) -> int:
+        """d."""
+        raise NotImplementedError
+
+    def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
+        classes = head_shape(model)[0]
+        return {"known": torch.zeros(classes, dtype=torch.bool), "rows": torch.zeros(classes, self.length(model))}
+
+    def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
+        return {"known": state["known"], "rows": state["rows"][state["known"]]}
+
+    def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
+        total, sums = torch.zeros(len(state["known"])).double(), torch.zeros_like(state["rows"]).double()
+        for reply in replies:
+            seen = reply.returned["seen"]
+            total += seen.double()
+            sums += seen.double()[:, None] * table(seen, reply.returned["rows"]).double()
+        fresh = total > 0
+        means = (sums / total.clamp(min=1)[:, None]).to(state["rows"].dtype)
+        return {"known": state["known"] | fresh, "rows": torch.where(fresh[:, None], means, state["rows"])}
+
+    def expected(self, reply: Reply) -> Tensors:
+        """The rows that it was sent, for whichever classes it has."""
+        known, seen = reply.sent["known"], reply.returned.get("seen")
+        has = torch.zeros_like(known)
+        if isinstance(seen, Tensor) and seen.shape == known.shape and seen.dtype in (torch.bool, torch.int64):
+            has = seen.clamp(min=0) if seen.dtype == torch.int64 else seen
+        return {"seen": has, "rows": table(known, reply.sent["rows"])[has > 0]}
+
+    def personal(self, reply: Reply, memory: Tensors) -> Tensors:
+        return memory
+
+
+@dataclass(frozen=True)
+class FD(ClassMeans):
+    """``CE(z, y) + coefficient KL(p_y || softmax(z))``, ``p_y`` the mean answer to class y, where there is one.
+
+    A client's means run over all its steps in the round. The paper leaves a client's own part out of what it is sent.
+
+    Args:
+        coefficient: lambda.
+        answers: means of ``soft`` maxes; ``raw`` ones of logits, as targets of a cross-entropy that has no lower bound.
+    """
+
+    coefficient: float = 1.0
+    answers: Literal["soft", "raw"] = "soft"
+
+    def length(self, model: Model) -> int:
+        return head_shape(model)[0]
+
+    def local(
+        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
+    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+        met: list[tuple[Tensor, Tensor]] = []
+        teacher, known = table(sent["known"], sent["rows"]), sent["known"]
+
+        def loss(z: Tensor, y: Tensor) -> Tensor:
+            met.append((self.answer(z.detach()), y))
+            return cross_entropy(z, y) + self.coefficient * self.distance(z, teacher.to(z)[y], known.to(z.device)[y])
+
+        omega, _, metrics = worker.train(own(worker, memory), {}, rnd, loss=loss)
+        seen, rows = class_means(met or worker.outputs(omega), len(known))  # a plan trains nothing
+        return {"seen": seen > 0, "rows": rows}, omega, scored(worker, omega, metrics)
+
+    def answer(self, z: Tensor) -> Tensor:
+        return z.softmax(dim=1) if self.answers == "soft" else z
+
+    def distance(self, z: Tensor, p: Tensor, known: Tensor) -> Tensor:
+        """Of logits from their classes' rows, (B, C), over the whole batch; a class without a row adds nothing."""
+        each = -(p * log_softmax(z, dim=1)).sum(1)
+        if self.answers == "soft":
+            each = each + torch.xlogy(p, p).sum(1)
+        return (each * known).sum() / len(z)
+
+
+def table(has: Tensor, rows: Tensor) -> Tensor:
+    """``(C, d)``: the rows of the classes that ``has`` (C,) holds, zeros for the others."""
+    full = rows.new_zeros(len(has), rows.shape[1])
+    full[has > 0] = rows
+    return full
+
+
+def class_means(outputs: Iterable[tuple[Tensor, Tensor]], classes: int) -> tuple[Tensor, Tensor]:
+    """How many examples of each class there were, ``(C,)``, and the mean row of those that there were, ``(S, d)``."""
+    pairs = [(row.cpu(), y.cpu()) for row, y in outputs]
+    rows, y = torch.cat([row for row, _ in pairs]), torch.cat([y for _, y in pairs])
+    counts = torch.bincount(y, minlength=classes)
+    sums = torch.zeros(classes, rows.shape[1], dtype=torch.float64).index_add_(0, y, rows.double())
+    return counts, (sums[counts > 0] / counts[counts > 0, None]).float()

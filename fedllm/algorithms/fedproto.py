@@ -1,0 +1,49 @@
+"""FedProto (Tan et al., 2022): clients share the mean representation of each class, and pull their own towards it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fedllm.algorithms.fd import ClassMeans, class_means, table
+from fedllm.algorithms.lg_fedavg import head_shape
+from fedllm.algorithms.standalone import own, scored
+from fedllm.core import Model, Round, Tensors
+from fedllm.models.build import Features
+
+
+@dataclass(frozen=True)
+class FedProto(ClassMeans):
+    """``CE(z, y) + coefficient mean((R - C_y)^2)``, ``C_y`` the class's prototype where there is one.
+
+    A client's prototypes are means over its training examples after training; the server weights them by their number.
+    Clients predict with their own last layer.
+
+    Args:
+        coefficient: lambda; the mean is over the batch and the representation's entries.
+    """
+
+    coefficient: float = 1.0
+
+    def length(self, model: Model) -> int:
+        return head_shape(model)[1]
+
+    def local(
+        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
+    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+        prototypes, known = table(sent["known"], sent["rows"]), sent["known"]
+
+        def loss(seen: Features, y: Tensor) -> Tensor:
+            R = seen.representation  # (B, d)
+            apart = (R - prototypes.to(R)[y]).square().mean(1) * known.to(R.device)[y]
+            return cross_entropy(seen.logits, y) + self.coefficient * apart.mean()
+
+        omega, _, metrics = worker.train(
+            own(worker, memory), {}, rnd, loss=loss, forward=lambda net, x: net.features(x)
+        )
+        outputs = worker.outputs(omega, lambda net, x: net.features(x).representation)
+        seen, rows = class_means(outputs, len(known))
+        return {"seen": seen, "rows": rows}, omega, scored(worker, omega, metrics)
