@@ -253,15 +253,16 @@ def test_a_run_is_scored_again_to_what_it_reported(run, capsys):
 
 
 def test_two_processes_write_what_one_writes(maths, tmp_path):
-    """Through the documented command, `accelerate launch eval/gsm8k.py`."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines=1", "--mixed_precision=no"]
+    """Through the documented command, and on the CPU, where `accelerate launch` starts one, torchrun's for two."""
+    one = ["accelerate.commands.launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no"]
+    two = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for processes in (1, 2):
-        how = [f"--num_processes={processes}", "--dynamo_backend=no", "--cpu", str(ROOT / "eval" / "gsm8k.py")]
-        command = [*launch, *how, *QUICK, "samples=2", f"data.path={maths}", f"output=out{processes}"]
+    for processes, launch in ((1, [*one, "--dynamo_backend=no"]), (2, two)):
+        script = [str(ROOT / "eval" / "gsm8k.py"), *QUICK, "samples=2", f"data.path={maths}", f"output=out{processes}"]
+        command = [sys.executable, "-m", *launch, *script]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-    (one, lines), (two, others) = read(tmp_path / "out1"), read(tmp_path / "out2")
-    assert lines == others and one["metrics"] == two["metrics"]
+    (first, lines), (second, others) = read(tmp_path / "out1"), read(tmp_path / "out2")
+    assert lines == others and first["metrics"] == second["metrics"]
     parts = sorted(path.name for path in (tmp_path / "out2" / "parts").iterdir())
     assert parts == ["0.jsonl", "1.jsonl"]
