@@ -1,5 +1,6 @@
 """The README says what the code says: its table of methods, and a rule that works as written."""
 
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from fedllm.core import Client, Model, Reply, Round
 from fedllm.lowrank import LowRank
 from fedllm.methods import table
 from fedllm.recipe import find
+from fedllm.report import summary_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -25,6 +27,12 @@ def between(mark: str) -> str:
 def test_the_table_of_methods_is_the_code_s():
     assert between("methods").strip() == table(), "run `fedllm methods` and put its output between the marks"
     assert [re.match(r"\| `(\w+)`", line)[1] for line in between("methods").splitlines()[2:]] == list(ALGORITHMS)
+
+
+@pytest.mark.parametrize(("mark", "folder"), [("demo", "demo"), ("gsm8k", "gsm8k_cpu")])
+def test_its_scores_are_those_of_the_run_kept_in_results(mark, folder):
+    summary = json.loads((ROOT / "results" / folder / "summary.json").read_text())
+    assert summary_table(summary) in between(mark)
 
 
 def test_files_pictures_and_recipes_that_it_names_exist():
