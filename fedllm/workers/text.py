@@ -252,6 +252,6 @@ def _allowed(recipe: Recipe) -> None:
     if not recipe.eval.allow_code_execution:
         raise FedError(
             f"data.name={recipe.data_name} is scored by running the programs that the model writes: allow it with "
-            "eval.allow_code_execution=true (they run in a sandbox), or set eval.generate=false for the held-out loss alone."
+            "eval.allow_code_execution=true (they run in a sandbox), or set eval.generate=false for the loss alone."
         )
     require(recipe.eval.accept_missing)
