@@ -160,6 +160,21 @@ def test_frozen_part_is_added_and_not_trained():
     assert all(update.norm() == 0 for update in back.values())
 
 
+@pytest.mark.parametrize("optimizer", ["fresh", "kept"])
+def test_one_factor_trains_and_the_other_comes_back_to_the_bit(optimizer):
+    """Through two rounds; B trains first, for while it is zero A has no gradient."""
+    worker = make(SFT(steps=2, batch_size=2, optimizer=optimizer))
+    seat, held = worker.of(Client("c0", 12, 4)), adapter(worker, 4)
+    for factor, other in ("BA", "AB"):
+        memory = {}
+        for index in (1, 2):
+            start = held
+            held, memory, _ = seat.train(start, memory, Round(index, 0), factors=factor)
+            assert all(torch.equal(getattr(held[name], other), getattr(start[name], other)) for name in start)
+            assert all(not torch.equal(getattr(held[name], factor), getattr(start[name], factor)) for name in start)
+    assert all(not torch.equal(W.A, held[name].A) for name, W in seat.train(held, {}, Round(3, 0))[0].items())
+
+
 def test_kept_moments_change_the_second_round_and_fresh_ones_do_not():
     results = {}
     for policy in ("fresh", "kept"):

@@ -166,6 +166,7 @@ class Seat:
         frozen: Tensors | None = None,
         nested: Tensors | None = None,
         part: tuple[float, float] = (0.0, 1.0),
+        factors: Literal["BA", "B", "A"] = "BA",
     ) -> tuple[dict[str, LowRank], dict[str, Tensor], dict[str, float]]:
         """Trains ``adapter`` on this client's rows, on top of the base model plus ``frozen``.
 
@@ -176,12 +177,13 @@ class Seat:
             nested: train these products instead, ``B/name (d_out, r)`` and ``A/name (r, d_in)``, each added to that
                 factor of ``adapter``, which stays as it is. LoRA's scale is folded into the first factor of B's.
             part: from which to which part of the round's steps this is: (0, 0.4) are the first two of five.
+            factors: which of the adapter's train; the other comes back as it was sent.
 
         Returns:
             The trained products (those of ``nested`` where given), the memory to keep, and ``train_loss`` (nats a
             token, mean over steps), ``steps``, ``tokens``, ``seconds``.
         """
-        return self.worker.train(self.client, adapter, memory, rnd, frozen or {}, nested or {}, part)
+        return self.worker.train(self.client, adapter, memory, rnd, frozen or {}, nested or {}, part, factors)
 
 
 class SFTWorker:
@@ -236,13 +238,14 @@ class SFTWorker:
         frozen: Tensors,
         nested: Tensors,
         part: tuple[float, float],
+        factors: str,
     ) -> tuple[dict[str, LowRank], dict[str, Tensor], dict[str, float]]:
         """See ``Seat.train``."""
         started = time.perf_counter()
         whole = self.settings.steps_for(len(self.rows[client.id]))
         self._hang(TRAINED, adapter)
         self._hang(FROZEN, frozen)
-        self._activate([FROZEN, TRAINED] if frozen else [TRAINED], train=True)
+        self._activate([FROZEN, TRAINED] if frozen else [TRAINED], train=factors)
         trainer = self.trainer
         trainer.train_dataset = self.rows[client.id]
         trainer.args.max_steps = max(1, round(part[1] * whole) - round(part[0] * whole))
@@ -251,7 +254,7 @@ class SFTWorker:
         trainer._total_train_tokens = 0
         draws = ("local", client.id) if part[0] == 0.0 else ("local", client.id, part[0])
         with _own_randomness(rnd.rng(*draws).initial_seed()), self._nested(nested) as inner:
-            trained = inner or self._factors()
+            trained = inner or self._factors(factors)
             if self.settings.optimizer == "kept" and memory:
                 self._restore(trainer.create_optimizer(), memory, trained)
             result = trainer.train()
@@ -270,12 +273,12 @@ class SFTWorker:
     def serving(self, update: Tensors) -> Iterator[nn.Module]:
         """The base model plus ``update`` (any rank, or dense), in eval mode, for as long as the context lasts."""
         self._hang(FROZEN, update)
-        self._activate([FROZEN] if update else [], train=False)
+        self._activate([FROZEN] if update else [])
         self.model.eval()
         try:
             yield self.model
         finally:
-            self._activate([], train=False)
+            self._activate([])
 
     def _hang(self, adapter: str, update: Tensors) -> None:
         """Puts ``B A`` into PEFT's layers as ``scale (B / scale) A``: any rank, float32, on the layer's device."""
@@ -325,17 +328,17 @@ class SFTWorker:
             held[key] = LowRank((down * self._factor(key)[1]).cpu(), up.to("cpu", copy=True))
         return held
 
-    def _activate(self, adapters: list[str], *, train: bool) -> None:
+    def _activate(self, adapters: list[str], *, train: str = "") -> None:
         for layer in self.layers.values():
             layer.set_adapter(adapters, inference_mode=True)
-            layer.lora_A[TRAINED].weight.requires_grad_(train)
-            layer.lora_B[TRAINED].weight.requires_grad_(train)
+            layer.lora_A[TRAINED].weight.requires_grad_("A" in train)
+            layer.lora_B[TRAINED].weight.requires_grad_("B" in train)
 
-    def _factors(self) -> dict[str, nn.Parameter]:
+    def _factors(self, which: str) -> dict[str, nn.Parameter]:
         return {
             f"{name}/{factor}": getattr(layer, f"lora_{factor}")[TRAINED].weight
             for name, layer in self.layers.items()
-            for factor in "BA"
+            for factor in which
         }
 
     def _moments(self, optimizer: Any, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
