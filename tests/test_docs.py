@@ -60,4 +60,4 @@ def test_the_page_s_rule_runs_from_a_recipe(
 
 def test_files_that_the_pages_name_exist() -> None:
     for path in re.findall(r"`((?:fedllm|tests|docs|recipes)/[\w/]+\.\w+)`", PAGE):
-        assert path == "fedllm/algorithms/ffa_lora.py" or (ROOT / path).is_file(), path
+        assert path.endswith("ffa_lora.py") or (ROOT / path).is_file(), path  # but for the two that the reader writes
