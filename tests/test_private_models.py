@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fedllm import ledger, recipe
+from fedllm import ledger, recipe, train
 from fedllm.accounting import sizes
 from fedllm.admission import admit, suspects
 from fedllm.algorithms import PRIVATE
@@ -371,7 +373,54 @@ def test_client_k_has_network_k_mod_5() -> None:
     assert {(level["down_params"], level["up_params"]) for level in plan["levels"]} == {(40_890, 40_890)}
 
 
+def test_a_plan_counts_the_rows_of_each_client_s_own_classes() -> None:
+    """FD's upload: for each of the client's classes 10 answers of 4 bytes, and 10 marks of a byte."""
+    asked = ["recipe=vision_smoke", "algorithm.name=fd", "run.plan=true", "data.partition.eta=0.1"]
+    loaded = recipe.load(asked)
+    federation = loaded.worker.federation(loaded)
+    labels = federation.labels
+    classes = {c.id: len({labels[i] for i in federation.parts[c.id]}) for c in federation.clients}
+    assert len(set(classes.values())) > 1
+    bytes_up = {client["id"]: client["bytes_up"] for client in federation.plan()["clients"]}
+    for id, count in classes.items():
+        rows = torch.zeros(count, 10)
+        assert bytes_up[id] == ledger.size({"seen": torch.zeros(10, dtype=torch.bool), "rows": rows})
+
+
 def test_networks_that_differ_are_not_averaged() -> None:
     loaded = recipe.load(["recipe=fedlora_cifar10", "data.name=prototypes", "data.side=32", "algorithm.name=fedavg"])
     with pytest.raises(FedError, match="lg_fedavg"):
         loaded.worker.federation(loaded)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        [],
+        ["model.name=yi5", "model.own=[]", "algorithm.adapter=direct", "algorithm.hidden=10"],
+        ["algorithm.name=fedproto"],
+        ["algorithm.name=fedkd"],
+    ],
+    ids=["networks that differ", "networks that are alike", "fedproto", "fedkd"],
+)
+def test_the_recipe_runs_and_resumes_to_the_bit(form: list[str], tmp_path: Path) -> None:
+    """Two rounds at once, or one and then, from the checkpoint with its private networks, the other."""
+    asked = [
+        "recipe=fedlora_cifar10",
+        "data.name=prototypes",
+        "data.side=32",
+        "data.train_rows=60",
+        "data.test_rows=60",
+    ]
+    asked += ["clients.count=5", "worker.epochs=1", "run.threads=1", "eval.every=1", *form]
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    assert train.main([*asked, "run.rounds=2", f"run.output={straight}"]) == 0
+    assert train.main([*asked, "run.rounds=1", f"run.output={resumed}"]) == 0
+    assert train.main([*asked, "run.rounds=2", f"run.output={resumed}", "run.resume=true"]) == 0
+    lines = [(folder / "rounds.jsonl").read_text().splitlines() for folder in (straight, resumed)]
+    last, again = (json.loads(text[-1]) for text in lines)
+    assert {id: c["digest"] for id, c in last["clients"].items()} == {
+        id: c["digest"] for id, c in again["clients"].items()
+    }
+    assert last["eval"] == again["eval"] and 0 <= last["eval"]["own_accuracy"] <= 1
+    assert not last["refused"] and len(last["clients"]) == 5

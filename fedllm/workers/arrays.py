@@ -222,8 +222,8 @@ class ArrayFederation:
         own = self.recipe.model.own
         if own and (self.recipe.algorithm_name not in PRIVATE or clients.levels):
             raise FedError(
-                f"model.own={list(own)} gives clients networks that differ: take no clients.levels, and one of the rules "
-                f"that leave a network with its client: {', '.join(PRIVATE)}."
+                f"model.own={list(own)} gives clients networks that differ: take no clients.levels, and one of the "
+                f"rules that leave a network with its client: {', '.join(PRIVATE)}."
             )
         n = clients.count or max(1, len(clients.levels))
         if own:
@@ -246,12 +246,16 @@ class ArrayFederation:
             self.guessed = True
             return min(most or self.task.rows[split], self.task.rows[split])
 
+    def _labels_of(self, client: Client) -> Tensor:
+        """The classes that a client has, ascending; all of them where nobody knows."""
+        if self.labels is None:
+            return torch.arange(self.task.classes)
+        return torch.from_numpy(np.unique(np.asarray(self.labels)[self.parts[client.id]]))
+
     def _visit(self, state: Tensors, client: Client, rnd: Round) -> tuple[Tensors, Tensors, Echo]:
         """What the client is sent, what it returns, and what it trains."""
         rows = self.parts[client.id]
-        labels = torch.arange(self.task.classes)
-        if self.labels is not None:
-            labels = torch.from_numpy(np.unique(np.asarray(self.labels)[rows]))
+        labels = self._labels_of(client)
         own = self.own.get(client.level, self.model)
         seat = Echo(own, client, self.settings.steps_for(len(rows)), labels, self.model, self.task.shape)
         sent = ledger.canonical(self.recipe.algorithm.download(state, client, rnd))
@@ -269,14 +273,15 @@ class ArrayFederation:
             yield Level((level or "all") + suffix, params, cost, sizes(sent), sizes(returned))
 
     def _clients(self, state: Tensors) -> Iterator[dict[str, Any]]:
-        """Bytes are those of round 1, exact; they are the same for all clients of a level."""
+        """Bytes are those of round 1, exact; the same for all clients of a level with as many classes."""
         rnd = Round(1, self.recipe.run.seed, rounds=self.recipe.run.rounds)
-        bytes_of: dict[str, tuple[int, int]] = {}
+        bytes_of: dict[tuple[str, int], tuple[int, int]] = {}
         for client in self.clients:
-            if client.level not in bytes_of:
+            alike = client.level, len(self._labels_of(client))
+            if alike not in bytes_of:
                 sent, returned, _ = self._visit(state, client, rnd)
-                bytes_of[client.level] = ledger.size(sent), ledger.size(returned)
-            down, up = bytes_of[client.level]
+                bytes_of[alike] = ledger.size(sent), ledger.size(returned)
+            down, up = bytes_of[alike]
             rows = client.num_samples
             steps = self.settings.steps_for(rows)
             yield {
