@@ -4,8 +4,8 @@
     python benchmarks/overhead.py model=HuggingFaceTB/SmolLM2-135M-Instruct steps=4 rounds=2
 
 Ours and the alternative, one plain ``SFTTrainer.train()`` of as many optimizer steps on the same rows, batch size and
-rank, run in one process, in turn. The overhead of a client-round is the time of one round with one step minus the time of
-a step inside a long ``train()``: all but the optimizer's work (factors in and out, a fresh optimizer, setting up).
+rank, run in one process, in turn. The overhead of a client-round is the time of one round with one step minus that of a
+step inside a long ``train()``: all but the optimizer's work (factors in and out, a fresh optimizer, setting up).
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ def plain_trainer(
         load(name, device, 0), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"])
     )
     args = SFTConfig(
-        output_dir=tempfile.gettempdir(), per_device_train_batch_size=batch, learning_rate=2e-4, lr_scheduler_type="constant",
+        output_dir=tempfile.gettempdir(), per_device_train_batch_size=batch,
+        learning_rate=2e-4, lr_scheduler_type="constant",
         gradient_checkpointing=False, bf16=False, use_cpu=device.type == "cpu", max_length=None, report_to="none",
         save_strategy="no", logging_steps=1, disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False, dataloader_pin_memory=False,

@@ -20,12 +20,12 @@ from fedllm.lowrank import LowRank
 Tensors = Mapping[str, Any]
 """What travels, what the server keeps and what a client remembers: a ``Tensor`` or a ``LowRank`` for each name.
 
-The names are the model's own parameter names, or groups of them (``under``); each hook knows which of the two it put there.
+The names are the model's own parameter names, or groups of them (``under``); each hook knows what it put there.
 """
 
 
 class FedError(Exception):
-    """Something a user can mend. The message says what was given, what was needed and what to do; no traceback is owed."""
+    """Something a user can mend. The message says what was given, what was needed and what to do; no traceback."""
 
 
 class Unreachable(FedError):
@@ -99,7 +99,7 @@ class Model:
         weights: the weights an algorithm may touch, by name. A frozen language model's are meta tensors: the server
             needs their shapes ``(d_out, d_in)`` and never their values.
         update: what has been learned so far on top of them, by the same names; empty at the start of a run.
-        anatomy: where a network may be cut or factorised (``fedllm.submodel.Anatomy``); none of a frozen language model.
+        anatomy: where a network may be cut or factorised (``fedllm.submodel.Anatomy``); a language model has none.
         make: describes the network on the meta device, as ``make(width=0.5)`` at another size; None likewise.
         draw: values for such a description, from the run's seed: ``draw(make(width=0.5))``.
     """
@@ -124,8 +124,8 @@ class Algorithm:
     """A paper: four hooks, and three questions the report asks. The fields of a subclass are the paper's constants.
 
     Attributes:
-        network: which variant of a network this rule trains whole (``plain``, or one of its paper's own); empty where it
-            learns low-rank updates of a frozen model.
+        network: which variant of a network this rule trains whole (``plain``, or one of its paper's own); empty where
+            it learns low-rank updates of a frozen model.
         any_rank: ``aggregate`` takes products of any rank from a client, not only of the rank that it was sent.
     """
 
@@ -143,7 +143,9 @@ class Algorithm:
         """What the server sends to ``client``."""
         raise NotImplementedError
 
-    def local(self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(
+        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
+    ) -> tuple[Tensors, Tensors, dict[str, float]]:
         """Runs on the client. By default: train all that was sent, send all of it back."""
         return worker.train(sent, memory, rnd)
 

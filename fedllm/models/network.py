@@ -95,8 +95,8 @@ NETWORKS: dict[str, dict[str, Callable[..., FedModel]]] = {
 def fitted(described: FedModel, weights: Mapping[str, Tensor], alphas: Mapping[str, float] | None = None) -> FedModel:
     """The network that ``weights`` belong to: their names and shapes say what was cut away, split or added.
 
-    Layers that they lack are gone (depth), axes are as long as theirs (width), ``LAYER.first`` and ``LAYER.second`` make
-    a layer factorised, ``LAYER.PAIR.up`` and ``LAYER.PAIR.down`` put a low-rank pair beside it.
+    Layers that they lack are gone (depth), axes are as long as theirs (width), ``LAYER.first`` and ``LAYER.second``
+    make a layer factorised, ``LAYER.PAIR.up`` and ``LAYER.PAIR.down`` put a low-rank pair beside it.
 
     Args:
         described: the whole network, on the meta device; it becomes the answer.

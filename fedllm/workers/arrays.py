@@ -159,8 +159,8 @@ class ArrayFederation:
         """Who trains what, what travels and what the papers' columns of the whole run are; plain JSON values.
 
         ``levels`` are counted from the networks; ``totals`` from the cohorts that this seed will draw.
-        ``comm_paper_gb`` is the papers' column (a byte a parameter, one direction), ``comm_bytes`` 4 bytes a number that
-        travels, both ways.
+        ``comm_paper_gb`` is the papers' column (a byte a parameter, one direction), ``comm_bytes`` 4 bytes a number
+        that travels, both ways.
         """
         recipe, rounds = self.recipe, self.recipe.run.rounds
         state = recipe.algorithm.init(self.model, self.clients)

@@ -235,9 +235,7 @@ class TextWorker:
             prompts = [task.prompt(row) for row in test]
             limit = recipe.eval.max_new_tokens or task.max_new_tokens
             size = recipe.eval.batch_size
-            texts = generate(
-                model, self.tokenizer, prompts, max_new_tokens=limit, batch_size=size, stop=task.stop
-            )
+            texts = generate(model, self.tokenizer, prompts, max_new_tokens=limit, batch_size=size, stop=task.stop)
         scored = task.score_all(texts, test, recipe.eval.accept_missing)
         metrics |= task.summary(scored)
         generations = [
