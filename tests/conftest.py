@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ ALONE = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND"
 def pytest_configure() -> None:
     """Before any test module imports a library that reads these; the commands that tests start inherit them."""
     os.environ.update(OFFLINE | ALONE)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background: children would not hear Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
 
 
