@@ -211,13 +211,16 @@ def test_every_rank_trains_at_its_own_size_and_the_loss_falls():
             assert held_out_loss(model, rows, 0, 8) < before - 0.1
 
 
-def test_four_bit_base_trains_on_the_cpu(tmp_path):
+@pytest.mark.parametrize(
+    ("bits", "layer", "stored"), [("4bit", "Linear4bit", torch.uint8), ("8bit", "Linear8bitLt", torch.int8)]
+)
+def test_a_quantised_base_trains_on_the_cpu(bits, layer, stored, tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'fedllm[quantization]'")
     load(PICO, CPU, seed=0).save_pretrained(tmp_path)
     tokenizer(PICO).save_pretrained(tmp_path)
-    worker = make(SFT(steps=20, batch_size=4, learning_rate=1e-2), LanguageModel(str(tmp_path), quantization="4bit"))
+    worker = make(SFT(steps=20, batch_size=4, learning_rate=1e-2), LanguageModel(str(tmp_path), quantization=bits))
     base = worker.model.get_base_model().get_submodule("model.layers.0.self_attn.q_proj").get_base_layer()
-    assert type(base).__name__ == "Linear4bit" and base.weight.dtype == torch.uint8
+    assert type(base).__name__ == layer and base.weight.dtype == stored
     sent = adapter(worker, 4)
     back, _, metrics = worker.of(Client("c0", 12, 4)).train(sent, {}, Round(1, 0))
     assert all(update.B.dtype == torch.float32 and update.norm() > 0 for update in back.values())
