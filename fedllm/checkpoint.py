@@ -28,7 +28,7 @@ LONGEST = 1 << 30
 """Bytes of a manifest that are read: the records of a hundred clients over a hundred thousand rounds."""
 
 FREE = {
-    *(f"run.{key}" for key in ("rounds", "output", "tracker", "overwrite", "threads")),
+    *(f"run.{key}" for key in ("rounds", "output", "tracker", "overwrite", "threads", "parallel")),
     *(f"run.{key}" for key in ("quorum", "attempts", "deadline", "on_client_error")),
     "admission",
     "robust",

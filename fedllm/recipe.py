@@ -63,6 +63,8 @@ class Run:
         overwrite: delete an earlier run there first.
         seed: of everything: weights of a random model, partition, cohorts, client training.
         plan: print who would train what, and stop.
+        parallel: what several processes do: each trains ``clients`` of its own; or all train one client at a time, each
+            on its part of every step's rows, with a copy of the base model (``ddp``) or a shard of it (``fsdp``).
         threads: of each process on the CPU; by default its share of the cores (``accelerate launch`` gives 1).
         quorum: share of a cohort whose updates must be usable, in [0, 1]; one update is needed in any case.
         attempts: how often a round is tried, each time with another cohort, before the run ends for want of a quorum.
@@ -78,6 +80,7 @@ class Run:
     overwrite: bool = False
     seed: int = 0
     plan: bool = False
+    parallel: Literal["clients", "ddp", "fsdp"] = "clients"
     threads: int | None = None
     quorum: float = 0.0
     attempts: int = 3
@@ -446,6 +449,16 @@ def _in_range(recipe: Recipe) -> None:
         (recipe.run.attempts >= 1, f"run.attempts={recipe.run.attempts}: a round is tried once at least."),
         (deadline is None or deadline > 0, f"run.deadline={deadline}: seconds, more than 0, or null."),
         (bound is None or bound > 0, f"admission.norm_bound={bound}: more than 0, or null."),
+        (
+            recipe.run.parallel == "clients" or not recipe.worker.whole,
+            f"run.parallel={recipe.run.parallel} spreads a client that worker.name=sft trains; the networks of "
+            f"worker.name={recipe.worker_name} are small: run.parallel=clients.",
+        ),
+        (
+            recipe.run.parallel != "fsdp" or getattr(recipe.model, "quantization", "none") == "none",
+            "run.parallel=fsdp shards plain weights, bitsandbytes' packed ones cannot be: set model.quantization=none, "
+            "or take run.parallel=ddp, which gives every process a quantised copy.",
+        ),
         (recipe.run.rounds >= 1, f"run.rounds={recipe.run.rounds}: at least 1 round is needed."),
         (
             0 < recipe.clients.participation <= 1,

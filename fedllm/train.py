@@ -26,9 +26,9 @@ from rich.console import Console
 from fedllm import checkpoint, folder, hub, report
 from fedllm import recipe as recipes
 from fedllm.checkpoint import Checkpoint
-from fedllm.core import Algorithm, FedError, Reply, Tensors, Worker
-from fedllm.fleets.accelerate import Processes, joined, serve
-from fedllm.fleets.local import Local
+from fedllm.core import Algorithm, FedError, Fleet, Reply, Tensors, Worker
+from fedllm.fleets import accelerate, together
+from fedllm.fleets.processes import Processes, joined
 from fedllm.fleets.waiting import Waiting
 from fedllm.interrupt import once
 from fedllm.ledger import canonical
@@ -39,14 +39,25 @@ from fedllm.rounds import Interrupted, federate, own_scores
 from fedllm.tracking import open_tracker
 
 
+PARALLEL: dict[str, Any] = {"clients": accelerate, "ddp": together, "fsdp": together}
+"""``run.parallel`` -> how several processes work: ``ready``, then ``lead`` on rank 0 and ``serve`` on the others."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs it. 0: done; 2: something the user can mend, said in one sentence on stderr; 130: stopped by Ctrl-C."""
     hush()
     try:
         with joined() as processes:
-            recipe = recipes.load(sys.argv[1:] if arguments is None else arguments)
+            try:
+                recipe = recipes.load(sys.argv[1:] if arguments is None else arguments)
+            except FedError:
+                if processes.rank:
+                    return 2  # rank 0 says it
+                raise
             torch.set_num_threads(recipe.run.threads or max(1, len(os.sched_getaffinity(0)) // processes.local_size))
-            serve(processes, lambda: _hand(recipe)) if processes.rank else train(recipe, processes)
+            parallel = PARALLEL[recipe.run.parallel]
+            with parallel.ready(processes, recipe):
+                parallel.serve(processes, lambda: _hand(recipe)) if processes.rank else train(recipe, processes)
     except (FedError, KeyboardInterrupt) as error:
         at_once = "stopped at once: run.resume=true goes on from the last finished round."
         print(f"fedllm: {str(error) or at_once}", file=sys.stderr)
@@ -89,8 +100,8 @@ def train(recipe: recipes.Recipe, processes: Processes) -> None:
     tracking = closing(open_tracker(run.tracker, out, dict(recipe.page)))
     with Progress(run.rounds, title, console) as display, tracking as tracker, once() as interrupted:
         processes.tell({"do": "start"})
-        worker = federation.worker(display.step)
-        fleet = processes.fleet(display, tolerant=run.on_client_error == "refuse")
+        made, tolerant = federation.worker(display.step), run.on_client_error == "refuse"
+        worker, fleet = PARALLEL[run.parallel].lead(processes, made, display, tolerant=tolerant)
         base = _base(recipe, worker, display)
 
         def close(records: list[dict[str, Any]], state: Tensors) -> None:
@@ -143,7 +154,7 @@ def train(recipe: recipes.Recipe, processes: Processes) -> None:
                 scores = _score(out, worker, display, f"client_{reply.client.id}", own)
                 rows.append({"name": f"client {reply.client.id}, its own model", **scores})
         for place in recipe.eval.alone_of(len(federation.clients)):
-            rows.append(_alone(recipe, federation, worker, display, place))
+            rows.append(_alone(recipe, federation, worker, fleet, display, place))
         hub.export(recipe, state, replies, memories)
     notes = federation.notes
     if recipe.eval.alone is not None:
@@ -178,7 +189,9 @@ def _score(out: Path, worker: Any, display: Display, name: str, update: Tensors)
     return score.metrics
 
 
-def _alone(recipe: recipes.Recipe, federation: Any, worker: Any, display: Display, index: int) -> dict[str, Any]:
+def _alone(
+    recipe: recipes.Recipe, federation: Any, worker: Any, fleet: Fleet, display: Display, index: int
+) -> dict[str, Any]:
     """A federation of one: the same client, rows, rounds and steps, and nobody to average with."""
     client = federation.clients[index]
     display.evaluating(f"client {client.id} alone")
@@ -186,7 +199,7 @@ def _alone(recipe: recipes.Recipe, federation: Any, worker: Any, display: Displa
     state = algorithm.init(federation.model, [client])
     run = recipe.run
     alone = federate(
-        algorithm, [client], worker, Local(display), display,
+        algorithm, [client], worker, fleet, display,
         state=state, memories={}, first=1, rounds=run.rounds, seed=run.seed,
     )  # fmt: skip
     for outcome in alone:

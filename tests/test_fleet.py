@@ -20,9 +20,10 @@ from torch import Tensor
 
 from fedllm.algorithms.fedit import FedIT
 from fedllm.core import Client, Failed, FedError, Job, Reply, Round
-from fedllm.fleets.accelerate import Accelerate, Processes, joined, serve, spread
+from fedllm.fleets.accelerate import Accelerate, serve, spread
 from fedllm.fleets.attempt import attempt
 from fedllm.fleets.local import Local
+from fedllm.fleets.processes import Processes, joined
 from fedllm.ledger import digest
 from fedllm.lowrank import LowRank, fill
 from fedllm.models.language import LanguageModel, tokenizer
@@ -222,7 +223,7 @@ def test_a_launch_that_spreads_one_model_is_refused(monkeypatch: pytest.MonkeyPa
     with joined():
         pass
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(FedError, match="each of them trains whole clients of its own"), joined():
+    with pytest.raises(FedError, match="run.parallel=fsdp"), joined():
         pass
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import socket
 import sys
+import tempfile
 import urllib.parse
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from fedllm.core import FedError, Unreachable
@@ -149,13 +152,17 @@ def tokenizer(model: LanguageModel) -> Any:
     return loaded
 
 
-def load(model: LanguageModel, device: torch.device, seed: int) -> nn.Module:
+def load(model: LanguageModel, device: torch.device, seed: int, shards: int = 1) -> nn.Module:
     """The model with its weights, frozen, in eval mode. ``seed`` is for ``pico``, whose weights are random.
+
+    Args:
+        shards: over so many processes, all of torch's default group, each weight is spread (FSDP2).
 
     Raises:
         FedError: where it cannot be fetched, or quantization is asked for and bitsandbytes is missing.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
@@ -165,18 +172,30 @@ def load(model: LanguageModel, device: torch.device, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             built: Any = AutoModelForCausalLM.from_config(config(model), dtype=dtype)
+        if shards > 1:
+            with tempfile.TemporaryDirectory() as folder:
+                built.config.save_pretrained(folder)  # the model's own would save on rank 0 only
+                save_file(built.state_dict(), Path(folder) / "model.safetensors", {"format": "pt"})
+                return load(dataclasses.replace(model, name=folder), device, seed, shards)
         return built.eval().requires_grad_(False).to(device)
     where, extra = source(model.name)
     if model.quantization != "none":
         extra["quantization_config"] = _quantization(model, dtype)
         extra["device_map"] = {"": device}
+    if shards > 1:
+        if "gguf_file" in extra:
+            raise FedError(
+                f"model.name={model.name} is a GGUF file here, which cannot be read in shards: give a folder or a Hub "
+                "id with safetensors, or take run.parallel=ddp."
+            )
+        extra["distributed_config"] = DistributedConfig(fsdp_size=shards)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(where, revision=model.revision, dtype=dtype, **extra)
     except (OSError, ValueError) as error:
         raise FedError(f"model.name={model.name}: {_first_line(error)}") from error
     if "gguf_file" in extra:
         loaded = _plain(loaded)
-    if model.quantization == "none":
+    if model.quantization == "none" and shards == 1:
         loaded = loaded.to(device)
     return loaded.eval().requires_grad_(False)
 

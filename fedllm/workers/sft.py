@@ -115,6 +115,23 @@ class SFT:
         per_epoch = math.ceil(math.ceil(rows / self.batch_size) / self.accumulation)
         return math.ceil(self.epochs * per_epoch)
 
+    def shared(self, processes: int) -> tuple[int, int]:
+        """Rows a forward pass and passes a step of each of so many processes that train one client together.
+
+        A step's rows stay as many: each process takes its part of the passes, or else of every pass.
+
+        Raises:
+            FedError: where neither can be divided.
+        """
+        if self.accumulation % processes == 0:
+            return self.batch_size, self.accumulation // processes
+        if self.batch_size % processes == 0:
+            return self.batch_size // processes, self.accumulation
+        raise FedError(
+            f"{processes} processes cannot share the rows of a step, worker.batch_size={self.batch_size} x "
+            f"worker.accumulation={self.accumulation}: make one of the two a multiple of {processes}."
+        )
+
     def learning_rate_in(self, index: int, rounds: int) -> float:
         """The learning rate of round ``index`` (from 1) of ``rounds``."""
         done = (index - 1) / max(rounds, 1)
@@ -211,6 +228,8 @@ class SFTWorker:
         from peft.tuners.lora import LoraLayer
 
         self.settings, self.rounds = settings, rounds
+        if processes() > 1:  # the Trainer then averages the adapters' gradients itself, and wraps no model in DDP
+            setattr(base, "_is_distributed_loading_by_transformers", True)  # noqa: B010
         self.rows = {id: [{"input_ids": r.input_ids, "labels": r.labels} for r in of] for id, of in rows.items()}
         targets = list(target_shapes(base, settings.targets))
         with _own_randomness(0):  # PEFT draws factors that are replaced before they are used, and TRL sets a seed
@@ -381,6 +400,11 @@ def _own_randomness(seed: int) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
+def processes() -> int:
+    """How many train every client together."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
 def _trainer(settings: SFT, model: Any, tokenizer: Any, sample: Sequence[dict[str, Any]], on_step: Any) -> Any:
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
@@ -392,10 +416,11 @@ def _trainer(settings: SFT, model: Any, tokenizer: Any, sample: Sequence[dict[st
                 on_step(float(logs["loss"]))
 
     device = next(model.parameters()).device
+    batch_size, accumulation = settings.shared(processes())
     args = SFTConfig(
         output_dir=tempfile.gettempdir(),  # never written to: nothing is saved from a client's trainer
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         gradient_checkpointing=settings.gradient_checkpointing,

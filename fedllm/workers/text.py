@@ -21,7 +21,7 @@ from fedllm.partition import IID, describe
 from fedllm.recipe import Recipe
 from fedllm.rows import Encoded, encode
 from fedllm.sandbox import require
-from fedllm.workers.sft import SFT, Seat, SFTWorker, target_shapes
+from fedllm.workers.sft import SFT, Seat, SFTWorker, processes, target_shapes
 
 Row = Mapping[str, Any]
 
@@ -113,7 +113,8 @@ class TextFederation:
     def worker(self, on_step: Callable[[float | None], None]) -> TextWorker:
         """Loads the model; everything before this is light."""
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        base = language.load(self.recipe.model, device, self.recipe.run.seed)
+        shards = processes() if self.recipe.run.parallel == "fsdp" else 1
+        base = language.load(self.recipe.model, device, self.recipe.run.seed, shards)
         return TextWorker(self, base, on_step)
 
     def plan(self) -> dict[str, Any]:
