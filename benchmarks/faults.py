@@ -2,14 +2,15 @@
 
     OMP_NUM_THREADS=1 python benchmarks/faults.py --write docs/faults.md
 
-One of five clients is faulty in every round: the one with the largest rank but one. The model is the random two-layer
-``pico`` of the tests and the rows are generated, so a score says only how far a fault pushes a run away from the run
-without faults; it says nothing about how good a rule is. Held-out loss, in nats a token.
+One of five clients is faulty in every round: the one with the largest rank but one. The language model is the random
+two-layer ``pico`` of the tests, the networks are a few thousand weights wide and the rows are generated, so a score says
+only how far a fault pushes a run away from the run without faults; it says nothing about how good a rule is.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import re
 import sys
@@ -21,16 +22,20 @@ from typing import Any
 import torch
 
 from fedllm import recipe as recipes
+from fedllm.algorithms import ALGORITHMS, LOW_RANK, PRIVATE, WHOLE
 from fedllm.core import Algorithm, FedError, Tensors
 from fedllm.faults import Faults
 from fedllm.fleets.local import Local
 from fedllm.lowrank import LowRank
 from fedllm.progress import Silent
 from fedllm.robust import Clip, Krum, Median, TrimmedMean
-from fedllm.rounds import Policy, federate
+from fedllm.rounds import Policy, federate, own_scores
 from fedllm.train import hush
 
 RULES = ("fedit", "zero_padding", "flexlora", "flora", "fedhl")
+"""Those of the table of guards."""
+
+ONE_RANK = {"fedit", "fedlora_avg", "fedloru", "pfedloru"}
 FAULTS = ("none", "drop", "straggle", "nan", "zeros", "huge", "stale", "wrong_rank")
 GUARDS: dict[str, Policy] = {
     "none": Policy(),
@@ -47,13 +52,23 @@ BASE = [
 ]  # fmt: skip
 
 
+NETWORKS = [
+    "recipe=vision_smoke", f"run.rounds={ROUNDS}", "run.threads=1", "data.side=8", "data.train_rows=320",
+    "data.test_rows=100", "clients.count=5", "clients.participation=1.0", "worker.score=pooled",
+    "worker.learning_rate=0.05",
+]  # fmt: skip
+WIDE = ["model={name: resnet18, widths: [8, 8, 8, 8]}"]  # has every rule's variant
+OWN = ["model={name: cnn5, own: [cnn5, cnn4]}", "clients.levels=[]"]
+
+
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: its loss, whether every state was finite, and what was said of the faulty client."""
+    """How a run ended: its score, whether every state was finite, and what was said of the faulty client."""
 
-    loss: float
+    score: float
     finite: bool
     said: str
+    bytes: int
 
 
 def main() -> int:
@@ -62,8 +77,14 @@ def main() -> int:
     given = parser.parse_args()
     hush()
     torch.set_num_threads(1)
-    benches = {rule: Bench(rule) for rule in ("fedit", "fedhl")}  # a worker for equal ranks, and one for mixed ones
-    tables = {"rules": by_rule(benches), "guards": by_guard(benches)}
+    texts = {rule: adapters(rule) for rule in LOW_RANK}
+    nets = {rule: networks(rule, WIDE) for rule in WHOLE} | {rule: networks(rule, OWN) for rule in PRIVATE}
+    tables = {
+        "rules": by_rule(texts),
+        "networks": by_rule(nets),
+        "words": in_words(texts["fedhl"]),
+        "guards": by_guard(texts),
+    }
     for name, table in tables.items():
         print(table, end="\n\n")
         if given.write:
@@ -74,33 +95,60 @@ def main() -> int:
     return 0
 
 
+@dataclass(frozen=True)
 class Bench:
-    """One model in memory, and any rule on it."""
+    """A rule with its clients and a model in memory, and the metric to tell."""
 
-    def __init__(self, rule: str) -> None:
-        ranks = "[8,8,8,8,8]" if rule == "fedit" else "[16,8,8,4,2]"
-        self.recipe = recipes.load([*BASE, f"algorithm={{name: {rule}}}", f"clients.rank={ranks}"])
-        self.federation = self.recipe.worker.federation(self.recipe)
-        self.worker = self.federation.worker(lambda loss: None)
+    algorithm: Algorithm
+    federation: Any
+    worker: Any
+    metric: str
 
-    def run(self, rule: str, kind: str, policy: Policy) -> Result:
-        algorithm: Algorithm = recipes.ALGORITHMS[rule]()
+    def run(self, kind: str, policy: Policy) -> Result:
         faults = Faults() if kind == "none" else Faults(**{kind: 1.0}, clients=(FAULTY,))  # type: ignore[arg-type]
-        state, said = algorithm.init(self.federation.model, self.federation.clients), ""
+        state, said = self.algorithm.init(self.federation.model, self.federation.clients), ""
         loop = federate(
-            algorithm, self.federation.clients, self.worker, faults.around(Local(Silent())), Silent(), state=state,
-            memories={}, first=1, rounds=ROUNDS, seed=0, policy=policy,
+            self.algorithm, self.federation.clients, self.worker, faults.around(Local(Silent())), Silent(),
+            state=state, memories={}, first=1, rounds=ROUNDS, seed=0, policy=policy,
         )  # fmt: skip
-        good = True
+        good, records = True, []
         try:
             for outcome in loop:
-                print(".", end="", file=sys.stderr, flush=True)
-                state, said = outcome.state, heard(outcome.record)
-                good = good and finite(state)
+                state, records = outcome.state, [*records, outcome.record]
+                said, good = heard(outcome.record) or said, good and finite(state)
         except FedError as error:
             said = f"the run ended: {error}"
-        score = self.worker.evaluate(algorithm.served(state))
-        return Result(score.metrics["loss"], good, said)
+        print(".", end="", file=sys.stderr, flush=True)
+        metrics = self.worker.evaluate(self.algorithm.served(state)).metrics | own_scores(records)
+        return Result(
+            metrics.get(self.metric, metrics.get(f"own_{self.metric}", math.nan)),
+            good,
+            said,
+            sum(r["bytes_up"] for r in records),
+        )
+
+
+@functools.cache
+def loaded(*arguments: str) -> tuple[Any, Any]:
+    """The federation of a page and its worker; rules that need the same share them."""
+    recipe = recipes.load(arguments)
+    federation = recipe.worker.federation(recipe)
+    return federation, federation.worker(lambda loss: None)
+
+
+def adapters(rule: str) -> Bench:
+    """A rule on adapters of the pico model."""
+    mixed = rule not in ONE_RANK
+    ranks = "[16,8,8,4,2]" if mixed else "[8,8,8,8,8]"
+    federation, worker = loaded(*BASE, f"algorithm.name={'fedhl' if mixed else 'fedit'}", f"clients.rank={ranks}")
+    return Bench(ALGORITHMS[rule](), federation, worker, "loss")
+
+
+def networks(rule: str, model: Sequence[str]) -> Bench:
+    """A rule on small networks."""
+    algorithm = ALGORITHMS[rule]()
+    federation, worker = loaded(*NETWORKS, *model, f"algorithm={{name: {rule}}}")
+    return Bench(algorithm, federation, worker, "loss")
 
 
 def heard(record: dict[str, Any]) -> str:
@@ -114,34 +162,36 @@ def finite(state: Tensors) -> bool:
     return all(bool(torch.isfinite(tensor.double()).all()) for tensor in tensors)
 
 
-def bench_of(rule: str, benches: dict[str, Bench]) -> Bench:
-    return benches.get(rule, benches["fedhl"])
-
-
 def by_rule(benches: dict[str, Bench]) -> str:
     """Every rule and every fault, without a guard; a deadline of half an hour, which only a straggler misses."""
-    rows = [["fault", *RULES, "finite", "what `rounds.jsonl` says of the client (fedhl)"]]
-    for kind in FAULTS:
-        results = [bench_of(rule, benches).run(rule, kind, Policy(deadline=1800.0)) for rule in RULES]
-        said = {rule: result.said for rule, result in zip(RULES, results, strict=True)}
-        silent = [rule for rule in RULES if not said[rule]]
-        if kind != "none" and silent:
-            raise SystemExit(f"{kind} goes unnoticed under {', '.join(silent)}")
-        finite = "yes" if all(result.finite for result in results) else "NO"
-        rows.append([kind, *(loss(result) for result in results), finite, said["fedhl"] or "nothing"])
+    rows = [["rule", *FAULTS, "finite", "remarks"]]
+    for rule, bench in benches.items():
+        results = {kind: bench.run(kind, Policy(deadline=1800.0)) for kind in FAULTS}
+        silent = [kind for kind in FAULTS if kind != "none" and not results[kind].said]
+        finite = "yes" if all(result.finite for result in results.values()) else "NO"
+        words = "nothing travels that could be spoilt" if silent else ""
+        if silent and results["none"].bytes:
+            raise SystemExit(f"{rule}: {', '.join(silent)} goes unnoticed")
+        rows.append([f"`{rule}`", *(number(results[kind]) for kind in FAULTS), finite, words])
     return table(rows)
+
+
+def in_words(bench: Bench) -> str:
+    """What is said of the faulty client."""
+    said = {kind: bench.run(kind, Policy(deadline=1800.0)).said for kind in FAULTS if kind != "none"}
+    return table([["fault", "word"], *([kind, words] for kind, words in said.items())])
 
 
 def by_guard(benches: dict[str, Bench]) -> str:
     """A huge update against each guard."""
     rows = [["guard", *RULES]]
     for name, policy in GUARDS.items():
-        rows.append([name, *(loss(bench_of(rule, benches).run(rule, "huge", policy)) for rule in RULES)])
+        rows.append([name, *(number(benches[rule].run("huge", policy)) for rule in RULES)])
     return table(rows)
 
 
-def loss(result: Result) -> str:
-    return f"{result.loss:.3f}" if math.isfinite(result.loss) and result.loss < 100 else f"{result.loss:.2g}"
+def number(result: Result) -> str:
+    return f"{result.score:.3f}" if math.isfinite(result.score) and result.score < 100 else f"{result.score:.2g}"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

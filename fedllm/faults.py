@@ -136,9 +136,11 @@ def _reshaped(value: Tensor | LowRank) -> Tensor | LowRank:
 
 
 def _poisoned(returned: Tensors, generator: torch.Generator) -> Tensors:
-    """One NaN, in one entry of one tensor."""
+    """One NaN, in one entry of one tensor, where there is any."""
     parts = {name: value.B if isinstance(value, LowRank) else value for name, value in returned.items()}
     names = [name for name, part in parts.items() if part.is_floating_point() and part.numel()]
+    if not names:
+        return returned
     name = names[int(torch.randint(len(names), (), generator=generator))]
     value, poisoned = returned[name], parts[name].contiguous().clone()
     poisoned.view(-1)[int(torch.randint(poisoned.numel(), (), generator=generator))] = float("nan")

@@ -66,7 +66,9 @@ def digest(tensors: Tensors) -> str:
 
 
 def size(tensors: Tensors) -> int:
-    """Bytes of the safetensors file that holds ``tensors``: its length field, its header, its data."""
+    """Bytes of the safetensors file that holds ``tensors``: its length field, its header, its data; 0 for nothing."""
+    if not tensors:
+        return 0
     flat = flatten(tensors)
     order = sorted(flat, key=lambda name: (-_ORDER[flat[name].dtype], name))
     header, offset = {}, 0
