@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/faults.py --write docs/faults.md
 
 One of five clients is faulty in every round: the one with the largest rank but one. The language model is the random
-two-layer ``pico`` of the tests, the networks are a few thousand weights wide and the rows are generated, so a score says
-only how far a fault pushes a run away from the run without faults; it says nothing about how good a rule is.
+two-layer ``pico`` of the tests, the networks are a few thousand weights wide and the rows are generated, so a score
+says only how far a fault pushes a run away from the run without faults; it says nothing about how good a rule is.
 """
 
 from __future__ import annotations
