@@ -129,10 +129,9 @@ def config(model: LanguageModel) -> Any:
     from transformers import AutoConfig, LlamaConfig
 
     if model.name in PICO:
-        return LlamaConfig(
-            vocab_size=len(_bytes_tokenizer()), max_position_embeddings=1024, pad_token_id=0, bos_token_id=1,
-            eos_token_id=2, tie_word_embeddings=False, **(PICO[model.name] | model.config),
-        )  # fmt: skip
+        tokens = {"vocab_size": len(_bytes_tokenizer()), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        common = {"max_position_embeddings": 1024, "tie_word_embeddings": False}
+        return LlamaConfig(**(tokens | common | PICO[model.name] | model.config))
     try:
         where, extra = source(model.name)
         return AutoConfig.from_pretrained(where, revision=model.revision, **extra)
