@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -66,6 +67,7 @@ class FD(ClassMeans):
     """``CE(z, y) + coefficient KL(p_y || softmax(z))``, ``p_y`` the mean answer to class y, where there is one.
 
     A client's means run over all its steps in the round. The paper leaves a client's own part out of what it is sent.
+    A language model's classes are the tokens of its vocabulary, its examples the tokens of completions.
 
     Args:
         coefficient: lambda.
@@ -90,13 +92,16 @@ class FD(ClassMeans):
         self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
     ) -> tuple[Tensors, Tensors, dict[str, float]]:
         met: list[tuple[Tensor, Tensor]] = []
-        teacher, known = table(sent["known"], sent["rows"]), sent["known"]
+        known = sent["known"]
+
+        @cache  # a vocabulary's table is large
+        def teacher(device: torch.device) -> tuple[Tensor, Tensor]:
+            return table(known, sent["rows"]).to(device), known.to(device)
 
         def loss(z: Tensor, y: Tensor) -> Tensor:
-            told = grouped(z, self.groups)
+            told, (rows, has) = grouped(z, self.groups), teacher(z.device)
             met.append((self.answer(told.detach()), y))
-            apart = self.distance(told, teacher.to(z)[y], known.to(z.device)[y])
-            return cross_entropy(z, y) + self.coefficient * apart
+            return cross_entropy(z, y) + self.coefficient * self.distance(told, rows[y], has[y])
 
         omega, _, metrics = worker.train(own(worker, memory), {}, rnd, loss=loss)
         told = met or ((grouped(z, self.groups), y) for z, y in worker.outputs(omega))  # a plan trains nothing

@@ -37,20 +37,25 @@ class Echo:
     """A worker that returns what it is sent: what travels, without training.
 
     Args:
-        model: the client's own adapter, where the rule leaves it with the client.
-        labels: the tokens that its completions hold, ascending.
+        federation: where the client takes part.
+        client: whom it stands for.
     """
 
-    model: Model
-    labels: Tensor
+    federation: TextFederation
+    client: Client
+
+    @property
+    def model(self) -> Model:
+        """The client's adapter, where the rule leaves it with the client."""
+        return self.federation.own(self.client)
 
     def train(self, adapter: Tensors, memory: Tensors, rnd: Round, nested: Tensors | None = None, **others: Any) -> Any:
         return adapter if nested is None else nested, memory, {}
 
     def outputs(self, weights: Tensors) -> Iterator[tuple[Tensor, Tensor]]:
         """Zeros, an answer for each label; a few at a time, vocabularies are wide."""
-        for y in self.labels.split(64):
-            yield torch.zeros(len(y), self.model.classes), y
+        for y in self.federation.labels(self.client).split(64):
+            yield torch.zeros(len(y), self.federation.classes), y
 
     def score(self, weights: Tensors) -> dict[str, float]:
         return {}
@@ -153,6 +158,12 @@ class TextFederation:
         }
         return Model(weights, classes=self.classes)
 
+    def labels(self, client: Client) -> Tensor:
+        """The tokens of a client's completions, ascending; all there are where nobody knows."""
+        if self.guessed:
+            return torch.arange(self.classes)
+        return torch.tensor(sorted({label for row in self.rows[client.id] for label in row.labels[1:]} - {-100}))
+
     def worker(self, on_step: Callable[[float | None], None]) -> TextWorker | OwnWorker:
         """Loads the model; everything before this is light. Models of the clients' own are loaded as they are used."""
         from fedllm.workers.own import OwnWorker
@@ -175,7 +186,7 @@ class TextFederation:
         for client in self.clients:
             rows, rank = self.rows[client.id], client.rank
             sent = algorithm.download(state, client, rnd)
-            returned, _, _ = algorithm.local(Echo(self.own(client), self._labels_of(client)), sent, {}, rnd)
+            returned, _, _ = algorithm.local(Echo(self, client), sent, {}, rnd)
             steps = self.settings.steps_for(len(rows))
             passes = steps * self.settings.batch_size * self.settings.accumulation / len(rows)
             adapter = rank * sum(d_out + d_in for d_out, d_in in self.shapes[client.level].values())
@@ -240,12 +251,6 @@ class TextFederation:
                     f"client {member.id} has rank {member.rank}, and {name} is {shape[0]} x {shape[1]}: "
                     f"a rank is at most {min(shape)} here. Lower clients.rank."
                 )
-
-    def _labels_of(self, client: Client) -> Tensor:
-        """The tokens that the loss is of, ascending; all there are where nobody knows."""
-        if self.guessed:
-            return torch.arange(self.classes)
-        return torch.tensor(sorted({label for row in self.rows[client.id] for label in row.labels[1:]} - {-100}))
 
     def _base_bytes(self, model: LanguageModel) -> int:
         skeleton = language.skeleton(model)
