@@ -161,6 +161,7 @@ def test_one_base_for_all_will_do_and_columns_that_are_no_tokens_do_not_count() 
     [
         (["algorithm.name=fedhl"], r"fedhl averages their adapters: take one of .*standalone, fd\."),
         (["worker.optimizer=kept"], "worker.optimizer=kept does not go with algorithm.name=fd"),
+        (["run.parallel=ddp"], "run.parallel=ddp does not go with"),
         (["eval.alone=0"], "algorithm.name=standalone is that"),
         (["eval.clients=true"], "own_"),
         (["model.revision=main"], "revision and config are one model's"),

@@ -9,7 +9,7 @@ import socket
 import sys
 import tempfile
 import urllib.parse
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,7 +57,7 @@ class LanguageModel:
 
     def of(self, client: Client) -> LanguageModel:
         """The model that this client's adapter belongs to."""
-        return replace(self, name=client.level, own=()) if self.own else self
+        return dataclasses.replace(self, name=client.level, own=()) if self.own else self
 
 
 def hub_reachable(seconds: float = 3.0) -> bool:
@@ -173,10 +173,10 @@ def common_tokenizer(model: LanguageModel) -> Any:
     Raises:
         FedError: where one of ``own`` has another vocabulary.
     """
-    common = tokenizer(replace(model, own=()))
+    common = tokenizer(dataclasses.replace(model, own=()))
     vocabulary = common.get_vocab()
     for name in dict.fromkeys(model.own):
-        theirs = tokenizer(replace(model, name=name, own=())).get_vocab()
+        theirs = tokenizer(dataclasses.replace(model, name=name, own=())).get_vocab()
         if theirs != vocabulary:
             differ = len(theirs.items() ^ vocabulary.items())
             raise FedError(

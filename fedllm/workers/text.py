@@ -322,7 +322,9 @@ def _fits(recipe: Recipe) -> None:
             f"take one of the rules that leave an adapter with its client: {fit}."
         )
     kept, alone = recipe.worker.optimizer == "kept", recipe.eval.alone is not None
+    parallel = recipe.run.parallel
     for asked, key, why in (
+        (parallel != "clients", f"run.parallel={parallel}", "a client answers from one process, run.parallel=clients"),
         (kept, "worker.optimizer=kept", "a client's optimizer starts afresh in every round"),
         (recipe.eval.clients, "eval.clients=true", "own_... are every client's scores in each of its rounds"),
         (alone, "eval.alone", "algorithm.name=standalone is that, for all clients"),
