@@ -102,13 +102,15 @@ class Model:
         anatomy: where a network may be cut or factorised (``fedllm.submodel.Anatomy``); a language model has none.
         make: describes the network on the meta device, as ``make(width=0.5)`` at another size; None likewise.
         draw: values for such a description, from the run's seed: ``draw(make(width=0.5))``.
+        classes: how many answers there are: classes of images, tokens of a vocabulary; 0 where nobody asks.
     """
 
-    weights: Mapping[str, Tensor]
+    weights: Tensors
     update: Tensors = field(default_factory=dict)
     anatomy: Any = None
     make: Callable[..., Any] | None = None
     draw: Callable[[Any], dict[str, Tensor]] | None = None
+    classes: int = 0
 
 
 class Worker(Protocol):
@@ -127,10 +129,13 @@ class Algorithm:
         network: which variant of a network this rule trains whole (``plain``, or one of its paper's own); empty where
             it learns low-rank updates of a frozen model.
         any_rank: ``aggregate`` takes products of any rank from a client, not only of the rank that it was sent.
+        any_model: no weight travels, and nothing is asked of a client's model but its answers: it may be a network that
+            is trained whole, of any shape, or an adapter of any language model.
     """
 
     network: ClassVar[str] = ""
     any_rank: ClassVar[bool] = False
+    any_model: ClassVar[bool] = False
 
     def validate(self, clients: Sequence[Client]) -> None:
         """Raises FedError where these clients cannot take part in this algorithm; called before anything is loaded."""

@@ -262,6 +262,11 @@ def task_of(name: str, settings: Settings, run: recipes.Recipe | None) -> tuple[
 def subject_of(settings: Settings, run: recipes.Recipe | None) -> Subject:
     """What is to be scored; nothing is loaded."""
     if run is not None:
+        if run.algorithm.any_model:
+            raise FedError(
+                f"run={settings.run}: {run.algorithm_name} leaves every client its own adapter, and there is no common "
+                "one to score. Give adapter=RUN/adapter_clients/ID, which hub.clients=true keeps."
+            )
         found = Path(str(settings.run)) / "adapter"
         if not (found / "adapter_config.json").is_file():
             raise FedError(
@@ -322,9 +327,11 @@ def settings_of(
     weights = subject.adapter / "adapter_model.safetensors" if subject.adapter else None
     if weights is not None and not weights.is_file():
         raise FedError(f"{subject.adapter} has no adapter_model.safetensors.")
+    model = dataclasses.asdict(subject.base)
+    del model["own"]  # one model is scored
     text = json.dumps(list(rows), sort_keys=True, ensure_ascii=True, default=str)
     return {
-        "model": dataclasses.asdict(subject.base),
+        "model": model,
         "adapter": {"path": str(subject.adapter), "sha256": digest(weights.read_bytes())} if weights else None,
         "task": {"name": name, "extraction": task.extraction} | {k: _plain(v) for k, v in vars(task).items()},
         "rows": {"path": path, "scored": len(rows), "of": of, "sha256": digest(text.encode())},

@@ -47,12 +47,11 @@ TEXT = {".json", ".jsonl", ".yaml", ".md", ".txt", ".jinja"}
 def export(recipe: Recipe, state: Tensors, replies: Sequence[Reply], memories: Mapping[str, Tensors]) -> None:
     """Writes a finished run's adapters: the server's, and with ``hub.clients`` each client's own of the last round."""
     kind = recipe.worker.exported
-    updates = {recipe.output / kind: recipe.algorithm.served(state)}
+    recipe.worker.export(recipe.output / kind, recipe.algorithm.served(state), recipe)
     for reply in replies if recipe.hub.clients else ():
         own = recipe.algorithm.personal(reply, memories.get(reply.client.id, {}))
-        updates[recipe.output / f"{kind}_clients" / reply.client.id] = own
-    for place, update in updates.items():
-        recipe.worker.export(place, update, recipe)
+        theirs = dataclasses.replace(recipe, model=recipe.model.of(reply.client))
+        recipe.worker.export(recipe.output / f"{kind}_clients" / reply.client.id, own, theirs)
     folder.write(recipe.output / "versions.json", json.dumps(card.versions(), indent=1))
 
 
@@ -306,6 +305,11 @@ def _has_adapter(recipe: Recipe) -> None:
     if recipe.worker.exported != "adapter":
         raise FedError(
             f"worker.name={recipe.worker_name} trains no adapter of a language model, and push uploads those."
+        )
+    if recipe.algorithm.any_model:
+        raise FedError(
+            f"algorithm.name={recipe.algorithm_name} leaves every client its own adapter, and push uploads the common "
+            "one: hub.clients=true keeps the clients' in adapter_clients/."
         )
 
 

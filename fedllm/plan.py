@@ -36,7 +36,7 @@ def show(recipe: Recipe, plan: dict[str, Any], console: Console) -> None:
     """Clients, what they train and send, and what will be written where."""
     totals = plan["totals"]
     console.print(
-        f"[bold]{recipe.name}[/bold]: {recipe.algorithm_name} on {recipe.model.name}, {totals['rounds']} rounds, "
+        f"[bold]{recipe.name}[/bold]: {recipe.algorithm_name} on {recipe.models}, {totals['rounds']} rounds, "
         f"{totals['cohort']} of {totals['clients']} clients a round, data {recipe.data_name}",
         soft_wrap=True,
     )

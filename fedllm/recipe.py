@@ -246,6 +246,11 @@ class Recipe:
         return Policy(run.quorum, run.attempts, run.deadline, self.admission.norm_bound, self.robust)
 
     @property
+    def models(self) -> str:
+        """What clients train, by name: the model of all of them, or their own."""
+        return ", ".join(dict.fromkeys(self.model.own)) or self.model.name
+
+    @property
     def output(self) -> Path:
         return Path(str(self.run.output))
 
@@ -434,8 +439,8 @@ def _belong_together(recipe: Recipe) -> None:
             f"data.name={recipe.data_name} is nothing that worker.name={recipe.worker_name} trains on: "
             f"take another worker ({', '.join(WORKERS)}), or one of {', '.join(fit)}."
         )
-    if bool(recipe.algorithm.network) != recipe.worker.whole:
-        fit = [name for name, rule in ALGORITHMS.items() if bool(rule.network) == recipe.worker.whole]
+    if not (recipe.algorithm.any_model or bool(recipe.algorithm.network) == recipe.worker.whole):
+        fit = [name for name, rule in ALGORITHMS.items() if rule.any_model or bool(rule.network) == recipe.worker.whole]
         raise FedError(
             f"algorithm.name={recipe.algorithm_name} does not train what worker.name={recipe.worker_name} trains "
             f"({'whole networks' if recipe.worker.whole else 'low-rank updates'}): take one of {', '.join(fit)}."

@@ -96,7 +96,7 @@ def train(recipe: recipes.Recipe, processes: Processes) -> None:
         done = Checkpoint(0, canonical(algorithm.init(federation.model, federation.clients)), {}, [], recipe.page)
         checkpoint.save(out / "checkpoint", done)
     folder.write_lines(out / "rounds.jsonl", done.records[:-1])
-    title = f"{recipe.name}: {recipe.algorithm_name}, {len(federation.clients)} clients, {recipe.model.name}"
+    title = f"{recipe.name}: {recipe.algorithm_name}, {len(federation.clients)} clients, {recipe.models}"
     tracking = closing(open_tracker(run.tracker, out, dict(recipe.page)))
     with Progress(run.rounds, title, console) as display, tracking as tracker, once() as interrupted:
         processes.tell({"do": "start"})

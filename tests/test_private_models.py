@@ -50,7 +50,8 @@ EVERY = pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))
 def model_of(name: str, classes: int = 10, plan: bool = False) -> Model:
     make = Network(name=name).maker("plain", classes)
     net, draw = make(), lambda described: drawn(described, Round(0, 3).rng("initial"))
-    return Model(dict(net.state_dict()) if plan else draw(net), anatomy=net.anatomy(), make=make, draw=draw)
+    values = dict(net.state_dict()) if plan else draw(net)
+    return Model(values, anatomy=net.anatomy(), make=make, draw=draw, classes=classes)
 
 
 def bench() -> tuple[VisionWorker, list[Client]]:

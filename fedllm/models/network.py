@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fedllm.core import FedError
+from fedllm.core import Client, FedError
 from fedllm.models.build import FedModel, describe
 from fedllm.models.cnn import SMALL_WIDTHS, SmallCNN, YiCNN
 from fedllm.models.factorized import factorize
@@ -45,6 +45,10 @@ class Network:
     d: int = 128
     ffn: int = 2048
     depth: int = 3
+
+    def of(self, client: Client) -> Network:
+        """The network that this client's weights belong to."""
+        return replace(self, name=client.level, own=()) if self.own else self
 
     def maker(self, variant: str, classes: int, length: int = 0) -> Make:
         """Describes the network on the meta device; keywords change its size (``width=0.5``, ``stages=2``).

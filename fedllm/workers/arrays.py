@@ -110,7 +110,7 @@ class ArrayFederation:
         net = make()
         draw = lambda described: drawn(described, Round(0, self.recipe.run.seed).rng("initial"))  # noqa: E731
         values = dict(net.state_dict()) if self.recipe.run.plan else draw(net)
-        return Model(values, anatomy=net.anatomy(), make=make, draw=draw)
+        return Model(values, anatomy=net.anatomy(), make=make, draw=draw, classes=self.task.classes)
 
     @property
     def alone(self) -> Algorithm:

@@ -21,15 +21,19 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
-from fedllm import adapters
-from fedllm.core import Client, FedError, Round, Tensors
+from fedllm import adapters, ledger
+from fedllm.core import Client, FedError, Round, Tensors, within
 from fedllm.lowrank import LowRank, as_lowrank
 from fedllm.models.language import LanguageModel
 from fedllm.rows import Encoded
 from fedllm.tasks.task import Task
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Of the logits ``(N, V)``, float32, and the tokens ``(N,)`` of a batch's completions: the mean, in nats a token."""
 
 TRAINED, FROZEN = "client", "global"
 """The two adapters in the model: the one a client trains, and a frozen float32 one for all that came before."""
@@ -96,7 +100,11 @@ class SFT:
         return TextFederation(recipe)
 
     def export(self, place: Path, update: Tensors, recipe: Any) -> None:
-        """Writes a PEFT folder."""
+        """Writes a PEFT folder; what clients share that is no adapter, as it is."""
+        if shared := within("shared", update):
+            place.mkdir(parents=True, exist_ok=True)
+            save_file(ledger.flatten(shared), place / "shared.safetensors")
+            return
         adapters.write(place, update, base_model=recipe.model.name, targets=self.targets, overwrite=True)
 
     def alpha_of(self, rank: int) -> float:
@@ -184,6 +192,7 @@ class Seat:
         nested: Tensors | None = None,
         part: tuple[float, float] = (0.0, 1.0),
         factors: Literal["BA", "B", "A"] = "BA",
+        loss: Loss | None = None,
     ) -> tuple[dict[str, LowRank], dict[str, Tensor], dict[str, float]]:
         """Trains ``adapter`` on this client's rows, on top of the base model plus ``frozen``.
 
@@ -195,12 +204,13 @@ class Seat:
                 factor of ``adapter``, which stays as it is. LoRA's scale is folded into the first factor of B's.
             part: from which to which part of the round's steps this is: (0, 0.4) are the first two of five.
             factors: which of the adapter's train; the other comes back as it was sent.
+            loss: of the logits and tokens of a batch's completions, instead of TRL's cross-entropy.
 
         Returns:
             The trained products (those of ``nested`` where given), the memory to keep, and ``train_loss`` (nats a
             token, mean over steps), ``steps``, ``tokens``, ``seconds``.
         """
-        return self.worker.train(self.client, adapter, memory, rnd, frozen or {}, nested or {}, part, factors)
+        return self.worker.train(self.client, adapter, memory, rnd, frozen or {}, nested or {}, part, factors, loss)
 
 
 class SFTWorker:
@@ -258,6 +268,7 @@ class SFTWorker:
         nested: Tensors,
         part: tuple[float, float],
         factors: str,
+        loss: Loss | None = None,
     ) -> tuple[dict[str, LowRank], dict[str, Tensor], dict[str, float]]:
         """See ``Seat.train``."""
         started = time.perf_counter()
@@ -271,6 +282,7 @@ class SFTWorker:
         trainer.args.learning_rate = self.settings.learning_rate_in(rnd.index, self.rounds)
         trainer.optimizer, trainer.lr_scheduler = None, None
         trainer._total_train_tokens = 0
+        trainer.loss = loss
         draws = ("local", client.id) if part[0] == 0.0 else ("local", client.id, part[0])
         with _own_randomness(rnd.rng(*draws).initial_seed()), self._nested(nested) as inner:
             trained = inner or self._factors(factors)
@@ -279,6 +291,7 @@ class SFTWorker:
             result = trainer.train()
             kept = self._moments(trainer.optimizer, trained) if self.settings.optimizer == "kept" else {}
             trainer.optimizer, trainer.lr_scheduler = None, None  # one client's moments are not held for the next
+            trainer.loss = None
             returned = self._held_nested(inner, nested) if nested else {n: self._held(self.layers[n]) for n in adapter}
         metrics = {
             "train_loss": float(result.training_loss),
@@ -408,7 +421,9 @@ def processes() -> int:
 def _trainer(settings: SFT, model: Any, tokenizer: Any, sample: Sequence[dict[str, Any]], on_step: Any) -> Any:
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
+
+    from fedllm.workers.trainer import Trainer
 
     class Steps(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -439,7 +454,7 @@ def _trainer(settings: SFT, model: Any, tokenizer: Any, sample: Sequence[dict[st
         disable_tqdm=True,
         max_steps=1,
     )
-    trainer = SFTTrainer(
+    trainer = Trainer(
         model=model,
         args=args,
         train_dataset=Dataset.from_list(list(sample[:1])),

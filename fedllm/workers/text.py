@@ -3,35 +3,62 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedllm import ledger
+from fedllm.algorithms import ALGORITHMS
 from fedllm.algorithms.fedit import FedIT
 from fedllm.core import Client, FedError, Model, Round, Tensors, Unreachable
 from fedllm.inference import generate, held_out_loss
+from fedllm.lowrank import LowRank, fill
 from fedllm.models import language
+from fedllm.models.language import LanguageModel
 from fedllm.partition import IID, describe
 from fedllm.recipe import Recipe
 from fedllm.rows import Encoded, encode
 from fedllm.sandbox import require
 from fedllm.workers.sft import SFT, Seat, SFTWorker, processes, target_shapes
 
+if TYPE_CHECKING:
+    from fedllm.workers.own import OwnWorker
+
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Echo:
-    """A worker that returns what it is sent: what travels, without training."""
+    """A worker that returns what it is sent: what travels, without training.
+
+    Args:
+        federation: where the client takes part.
+        client: whom it stands for.
+    """
+
+    federation: TextFederation
+    client: Client
+
+    @property
+    def model(self) -> Model:
+        """The client's adapter, where the rule leaves it with the client."""
+        return self.federation.own(self.client)
 
     def train(self, adapter: Tensors, memory: Tensors, rnd: Round, nested: Tensors | None = None, **others: Any) -> Any:
         return adapter if nested is None else nested, memory, {}
+
+    def outputs(self, weights: Tensors) -> Iterator[tuple[Tensor, Tensor]]:
+        """Zeros, an answer for each label; a few at a time, vocabularies are wide."""
+        for y in self.federation.labels(self.client).split(64):
+            yield torch.zeros(len(y), self.federation.classes), y
+
+    def score(self, weights: Tensors) -> dict[str, float]:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -56,22 +83,32 @@ class TextFederation:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.settings: SFT = recipe.worker
-        members = [Client(f"c{i}", 0, rank) for i, rank in enumerate(recipe.clients.ranks())]
+        own = recipe.model.own
+        members = [
+            Client(f"c{i}", 0, rank, level=own[i % len(own)] if own else "")
+            for i, rank in enumerate(recipe.clients.ranks())
+        ]
         recipe.algorithm.validate(members)
+        _fits(recipe)
         if recipe.data.task.runs_code and recipe.eval.generate and not recipe.run.plan:
             _allowed(recipe)
-        self.shapes = target_shapes(language.skeleton(recipe.model), self.settings.targets)
+        self.shapes = {
+            level: target_shapes(language.skeleton(recipe.model.of(member)), self.settings.targets)
+            for level, member in {member.level: member for member in members}.items()
+        }
         self._check_ranks(members)
         data = recipe.data
         self.guessed = False
         try:
             train = self._rows("train", data.train_rows)
-            self.tokenizer = language.tokenizer(recipe.model)
+            self.tokenizer = language.common_tokenizer(recipe.model)
+            self.classes = 1 + max(self.tokenizer.get_vocab().values())
             encoded = self._encode(train)
         except Unreachable:
             if not recipe.run.plan:
                 raise
             self.guessed = True
+            self.classes = language.config(recipe.model.of(members[0])).vocab_size
             train = [{}] * min(data.train_rows or data.task.rows["train"], data.task.rows["train"])
             encoded = [Encoded([0] * self.settings.max_length, [0] * self.settings.max_length)] * len(train)
         partition = IID() if self.guessed and data.partition.column else data.partition  # no rows, no labels
@@ -91,7 +128,9 @@ class TextFederation:
         self.rows = {client.id: [encoded[i] for i in part] for client, part in zip(self.clients, kept, strict=True)}
         kind = recipe.page["data"]["partition"]["name"]
         self.partition = describe(kind, kept, labels, len(train), self.clients, recipe.run.seed)
-        self.model = Model({name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()})
+        shared = self.shapes[members[0].level]
+        weights = {name: torch.empty(shape, device="meta") for name, shape in shared.items()}
+        self.model = Model(weights, classes=self.classes)
 
     alone = FedIT()
     """How a client trains without the others: nothing is averaged, and nothing is lost."""
@@ -110,12 +149,29 @@ class TextFederation:
         """The held-out rows."""
         return self._rows("test", self.recipe.data.test_rows)
 
-    def worker(self, on_step: Callable[[float | None], None]) -> TextWorker:
-        """Loads the model; everything before this is light."""
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    def own(self, client: Client) -> Model:
+        """A client's adapter before it trains, where it is the client's own: the same for all of a base and a rank."""
+        rnd = Round(0, self.recipe.run.seed)
+        weights = {
+            name: fill(LowRank.zeros(*shape), client.rank, rnd.rng("initial", name))
+            for name, shape in self.shapes[client.level].items()
+        }
+        return Model(weights, classes=self.classes)
+
+    def labels(self, client: Client) -> Tensor:
+        """The tokens of a client's completions, ascending; all there are where nobody knows."""
+        if self.guessed:
+            return torch.arange(self.classes)
+        return torch.tensor(sorted({label for row in self.rows[client.id] for label in row.labels[1:]} - {-100}))
+
+    def worker(self, on_step: Callable[[float | None], None]) -> TextWorker | OwnWorker:
+        """Loads the model; everything before this is light. Models of the clients' own are loaded as they are used."""
+        from fedllm.workers.own import OwnWorker
+
+        if self.recipe.algorithm.any_model:
+            return OwnWorker(self, on_step)
         shards = processes() if self.recipe.run.parallel == "fsdp" else 1
-        base = language.load(self.recipe.model, device, self.recipe.run.seed, shards)
-        return TextWorker(self, base, on_step)
+        return TextWorker(self, language.load(self.recipe.model, device(), self.recipe.run.seed, shards), on_step)
 
     def plan(self) -> dict[str, Any]:
         """Who trains what, what travels, and what a client's machine must hold; plain JSON values.
@@ -125,18 +181,20 @@ class TextFederation:
         """
         algorithm, rnd = self.recipe.algorithm, Round(1, self.recipe.run.seed)
         state = algorithm.init(self.model, self.clients)
-        base = self._base_bytes()
+        base = {client.level: self._base_bytes(self.recipe.model.of(client)) for client in self.clients}
         clients: list[dict[str, Any]] = []
         for client in self.clients:
             rows, rank = self.rows[client.id], client.rank
             sent = algorithm.download(state, client, rnd)
-            returned, _, _ = algorithm.local(Echo(), sent, {}, rnd)
+            returned, _, _ = algorithm.local(Echo(self, client), sent, {}, rnd)
             steps = self.settings.steps_for(len(rows))
             passes = steps * self.settings.batch_size * self.settings.accumulation / len(rows)
-            adapter = rank * sum(d_out + d_in for d_out, d_in in self.shapes.values())
+            adapter = rank * sum(d_out + d_in for d_out, d_in in self.shapes[client.level].values())
+            activations = self._activation_bytes(client, max(len(row.input_ids) for row in rows))
             clients.append(
                 {
                     "id": client.id,
+                    **({"level": client.level} if client.level else {}),
                     "rank": rank,
                     "alpha": self.settings.alpha_of(rank),
                     "scale": self.settings.scale(rank),
@@ -144,7 +202,7 @@ class TextFederation:
                     "steps": steps,
                     "tokens": round(passes * sum(len(row.input_ids) for row in rows)),
                     "trainable_parameters": adapter,
-                    "memory_bytes": base + 16 * adapter + self._activation_bytes(max(len(r.input_ids) for r in rows)),
+                    "memory_bytes": base[client.level] + 16 * adapter + activations,
                     "bytes_down": ledger.size(sent),
                     "bytes_up": ledger.size(returned),
                 }
@@ -157,7 +215,7 @@ class TextFederation:
             "clients": len(clients),
             "cohort": cohort,
             "dropped_rows": self.partition["dropped_rows"],
-            "base_bytes": base,
+            "base_bytes": max(base.values()),
             "run_bytes": round(
                 (totals["bytes_down"] + totals["bytes_up"]) * self.recipe.run.rounds * cohort / len(clients)
             ),
@@ -186,25 +244,25 @@ class TextFederation:
         return [rows[i] for i in order[:most]]
 
     def _check_ranks(self, members: Sequence[Client]) -> None:
-        name, shape = min(self.shapes.items(), key=lambda item: min(item[1]))
         for member in members:
+            name, shape = min(self.shapes[member.level].items(), key=lambda item: min(item[1]))
             if member.rank > min(shape):
                 raise FedError(
                     f"client {member.id} has rank {member.rank}, and {name} is {shape[0]} x {shape[1]}: "
                     f"a rank is at most {min(shape)} here. Lower clients.rank."
                 )
 
-    def _base_bytes(self) -> int:
-        skeleton = language.skeleton(self.recipe.model)
-        bits = {"4bit": 4.5, "8bit": 8.0, "none": 32.0}[self.recipe.model.quantization]  # NF4: and its block constants
-        if bits == 32.0 and (self.recipe.model.dtype in {"bfloat16", "float16"} or torch.cuda.is_available()):
+    def _base_bytes(self, model: LanguageModel) -> int:
+        skeleton = language.skeleton(model)
+        bits = {"4bit": 4.5, "8bit": 8.0, "none": 32.0}[model.quantization]  # NF4: and its block constants
+        if bits == 32.0 and (model.dtype in {"bfloat16", "float16"} or torch.cuda.is_available()):
             bits = 16.0
         linear = sum(m.weight.numel() for m in skeleton.modules() if isinstance(m, nn.Linear))
         other = sum(p.numel() for p in skeleton.parameters()) - linear
         return int(linear * bits / 8 + other * max(bits, 16.0) / 8)
 
-    def _activation_bytes(self, longest: int) -> int:
-        settings = language.config(self.recipe.model)
+    def _activation_bytes(self, client: Client, longest: int) -> int:
+        settings = language.config(self.recipe.model.of(client))
         hidden, layers = settings.hidden_size, settings.num_hidden_layers
         tokens = longest * self.settings.batch_size
         per_layer = (
@@ -226,24 +284,53 @@ class TextWorker:
 
     def evaluate(self, update: Tensors) -> Score:
         """Held-out loss of the base model plus ``update``, and the task's scores of its generated answers."""
-        recipe, task = self.federation.recipe, self.federation.recipe.data.task
-        test = self.federation.test
         with self.sft.serving(update) as model:
-            pad = self.tokenizer.pad_token_id
-            metrics = {"loss": held_out_loss(model, self.federation.encode_test(), pad, recipe.eval.batch_size)}
-            if not recipe.eval.generate:
-                return Score(metrics, [])
-            prompts = [task.prompt(row) for row in test]
-            limit = recipe.eval.max_new_tokens or task.max_new_tokens
-            size = recipe.eval.batch_size
-            texts = generate(model, self.tokenizer, prompts, max_new_tokens=limit, batch_size=size, stop=task.stop)
-        scored = task.score_all(texts, test, recipe.eval.accept_missing)
-        metrics |= task.summary(scored)
-        generations = [
-            {"prompt": prompt, "generated": text, "target": task.target(row), **score}
-            for prompt, text, row, score in zip(prompts, texts, test, scored, strict=True)
-        ]
-        return Score(metrics, generations)
+            return measured(model, self.federation)
+
+
+def measured(model: nn.Module, federation: TextFederation) -> Score:
+    """Held-out loss of a model as it is, and the task's scores of its generated answers."""
+    recipe, task, test = federation.recipe, federation.recipe.data.task, federation.test
+    tokenizer, size = federation.tokenizer, recipe.eval.batch_size
+    metrics = {"loss": held_out_loss(model, federation.encode_test(), tokenizer.pad_token_id, size)}
+    if not recipe.eval.generate:
+        return Score(metrics, [])
+    prompts = [task.prompt(row) for row in test]
+    limit = recipe.eval.max_new_tokens or task.max_new_tokens
+    texts = generate(model, tokenizer, prompts, max_new_tokens=limit, batch_size=size, stop=task.stop)
+    scored = task.score_all(texts, test, recipe.eval.accept_missing)
+    metrics |= task.summary(scored)
+    generations = [
+        {"prompt": prompt, "generated": text, "target": task.target(row), **score}
+        for prompt, text, row, score in zip(prompts, texts, test, scored, strict=True)
+    ]
+    return Score(metrics, generations)
+
+
+def device() -> torch.device:
+    """This process's: its GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _fits(recipe: Recipe) -> None:
+    """Before a weight is loaded: what a rule does with clients whose adapters are their own, and what it cannot do."""
+    rule, own = recipe.algorithm_name, list(recipe.model.own)
+    if own and not recipe.algorithm.any_model:
+        fit = ", ".join(name for name, kind in ALGORITHMS.items() if kind.any_model)
+        raise FedError(
+            f"model.own={own} gives clients base models that differ, and {rule} averages their adapters: "
+            f"take one of the rules that leave an adapter with its client: {fit}."
+        )
+    kept, alone = recipe.worker.optimizer == "kept", recipe.eval.alone is not None
+    parallel = recipe.run.parallel
+    for asked, key, why in (
+        (parallel != "clients", f"run.parallel={parallel}", "a client answers from one process, run.parallel=clients"),
+        (kept, "worker.optimizer=kept", "a client's optimizer starts afresh in every round"),
+        (recipe.eval.clients, "eval.clients=true", "own_... are every client's scores in each of its rounds"),
+        (alone, "eval.alone", "algorithm.name=standalone is that, for all clients"),
+    ):
+        if asked and recipe.algorithm.any_model:
+            raise FedError(f"{key} does not go with algorithm.name={rule}: {why}.")
 
 
 def _allowed(recipe: Recipe) -> None:

@@ -1,0 +1,31 @@
+"""TRL's trainer, whose loss may be any function of a completion's logits and tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trl import SFTTrainer
+
+from fedllm.workers.sft import Loss
+
+
+class Trainer(SFTTrainer):
+    """``SFTTrainer`` as it is, until ``loss`` is set.
+
+    TRL's own ``compute_loss_func`` runs the model twice, and what dropout draws then depends on the metrics.
+    """
+
+    loss: Loss | None = None
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Every token counts the same, however the rows of an optimizer step fall into forward passes."""
+        if self.loss is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"][:, 1:]
+        z = model(**{key: x for key, x in inputs.items() if key != "labels"}, use_cache=False).logits[:, :-1]
+        trained = labels != -100
+        self._total_train_tokens += int(inputs["attention_mask"].sum())
+        value = self.loss(z[trained].float(), labels[trained])
+        return value if num_items_in_batch is None else value * (trained.sum() / num_items_in_batch)
