@@ -71,7 +71,7 @@ class Run:
         deadline: seconds after which a client's update is too late; ``null`` waits for everybody.
         on_client_error: an exception in a client's training, out of memory included, fails that client (``refuse``) or
             ends the run with the traceback (``stop``).
-        tracker: where the server logs the federation: ``auto`` takes trackio when it is installed.
+        tracker: where the server logs the federation: ``auto`` is trackio, in the run's folder, where it is installed.
     """
 
     rounds: int = 1
@@ -86,7 +86,7 @@ class Run:
     attempts: int = 3
     deadline: float | None = None
     on_client_error: Literal["refuse", "stop"] = "refuse"
-    tracker: Literal["auto", "none", "trackio", "tensorboard", "wandb"] = "none"
+    tracker: Literal["auto", "none", "trackio", "tensorboard", "wandb"] = "auto"
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,8 @@ def train(recipe: recipes.Recipe, processes: Processes) -> None:
     report.print_summary(summary, console)
     exported = recipe.worker.exported
     console.print(f"[dim]report: {written}   {exported}: {out / exported}[/dim]", soft_wrap=True)
+    if tracker.hint:
+        console.print(f"[dim]curves: {tracker.hint}[/dim]", soft_wrap=True)
     hub.publish(recipe, console)
 
 
