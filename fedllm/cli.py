@@ -83,6 +83,13 @@ def compare(arguments: list[str]) -> int:
     return run(arguments)
 
 
+def hessian(arguments: list[str]) -> int:
+    """fedllm hessian RUN [--samples N...] [--probes N]: stable rank of the loss's Hessian where a network ended"""
+    from fedllm.hessian import main as run
+
+    return run(arguments)
+
+
 def push(arguments: list[str]) -> int:
     """fedllm push RUN [--repo OWNER/NAME] [--dry-run] [--public] [--merged]: adapter and model card to the Hub"""
     from fedllm.train import hush
@@ -109,6 +116,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": report,
     "sweep": sweep,
     "compare": compare,
+    "hessian": hessian,
     "push": push,
     "methods": methods,
 }

@@ -25,7 +25,19 @@ from fedllm.core import FedError
 from fedllm.progress import is_fraction, number, size
 from fedllm.recipe import PROFILES
 from fedllm.report import flat_settings, safe, said, table
-from fedllm.story import Story, at, base_row, clipped, json_in, lower_is_better, map_numbers, mapping, read, rows_of
+from fedllm.story import (
+    Story,
+    at,
+    base_row,
+    clipped,
+    course_of,
+    json_in,
+    lower_is_better,
+    map_numbers,
+    mapping,
+    read,
+    rows_of,
+)
 
 SHEET = "sweep.json"
 """What a sweep writes beside its runs: the labels of each."""
@@ -358,7 +370,7 @@ def goals(entries: Sequence[Entry], keys: Sequence[str], target: str | None) -> 
         if key not in keys or not math.isfinite(wanted):
             raise FedError(f"--target {target}: give METRIC=VALUE, a metric of {', '.join(keys)}.")
         return key, dict.fromkeys(settings, wanted)
-    key = next((key for key in keys if lower_is_better(key)), keys[0])
+    key = course_of(keys) or keys[0]
     reached: dict[str, list[float]] = {}
     for entry in (e for e in entries if not e.pooled):
         values = [value for _, value in entry.story.curve("eval", key)]
@@ -401,7 +413,7 @@ def text(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-ALT = "Held-out loss and score by round, and loss by bytes moved, mean and range over seeds"
+ALT = "Scores by round and by bytes moved, mean and range over seeds"
 
 
 def facts(entries: Sequence[Entry]) -> str:
@@ -444,7 +456,7 @@ def score_table(entries: Sequence[Entry], key: str) -> str:
     under = {s: baselines(entries, s, key) for s in settings_in(e for e in entries if not e.pooled)}
     for name in dict.fromkeys(name for found in under.values() for name in found):
         lines.append([f"_{safe(name)}_", *(written(under[s].get(name) if s in under else None, key) for s in by)])
-    unit = "%" if is_fraction(key) else "nats a token" if "loss" in key else ""
+    unit = "%" if is_fraction(key) else "nats" if "loss" in key else ""
     return table([unit, *(safe(setting or "mean ± std") for setting in by)], lines)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from fedllm.compare import Entry, baselines, client_scores, pooled_for
 from fedllm.plots import DPI, GREY, INK, LINES, STYLE, label_ends, panels, percents, plain, short
 from fedllm.progress import is_fraction, metric, size
-from fedllm.story import lower_is_better
+from fedllm.story import course_of
 
 Curve = Mapping[float, Sequence[float]]
 """By round, or by bytes: one value a seed."""
@@ -51,6 +51,10 @@ def draw(entries: Sequence[Entry], keys: Sequence[str], out: Path) -> list[str]:
     return list(figures)
 
 
+def titled(key: str) -> str:
+    return "Held-out loss" if key == "loss" else plain(key).capitalize()
+
+
 def slug(words: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "_", words).strip("_")[:40] or "all"
 
@@ -61,17 +65,22 @@ def colors_of(entries: Sequence[Entry]) -> dict[str, Any]:
     return {name: LINES[place % len(LINES)] for place, name in enumerate(methods)}
 
 
+def dashes(names: Iterable[str]) -> dict[str, str]:
+    """The line of each rule: rules that have to share a colour differ in this."""
+    return {name: ("-", "-.", ":")[place // len(LINES) % 3] for place, name in enumerate(names)}
+
+
 def curves(entries: Sequence[Entry], keys: Sequence[str], setting: str, colors: Mapping[str, Any]) -> Figure | None:
     """Training loss, held-out loss and the first score by round, and the held-out loss (or the score) by bytes."""
-    loss = next((key for key in keys if lower_is_better(key)), None)
+    loss = course_of(keys)
     several = max(len(entry.story.curve("eval", keys[0])) for entry in entries) > 1
     if not several:  # evaluated once: the training loss is all that has a course
         asked: list[tuple[str, tuple[str, ...], bool]] = [("Training loss", ("train_loss",), False)]
     else:
-        asked = [("Held-out loss", ("eval", loss), False)] if loss else [("Training loss", ("train_loss",), False)]
-        asked += [(plain(keys[0]).capitalize(), ("eval", keys[0]), False)] if keys[0] != loss else []
+        asked = [(titled(loss), ("eval", loss), False)] if loss else [("Training loss", ("train_loss",), False)]
+        asked += [(titled(keys[0]), ("eval", keys[0]), False)] if keys[0] != loss else []
         best = loss or keys[0]
-        asked += [(f"{'Held-out loss' if loss else plain(best).capitalize()} by bytes moved", ("eval", best), True)]
+        asked += [(f"{titled(best)} by bytes moved", ("eval", best), True)]
     if not any(entry.story.curve(*path) for _, path, _ in asked for entry in entries):
         return None
     figure, axes = panels(len(asked), width=5.0, height=HEIGHT)
@@ -87,13 +96,14 @@ def panel(ax: Axes, entries: Sequence[Entry], path: tuple[str, ...], by_bytes: b
     """One line a method: the mean over seeds, and a band from the least to the most."""
     key = path[-1]
     ends: list[tuple[float, str, Any]] = []
+    styles = dashes(colors)
     groups = {name: [e for e in entries if e.method == name and not e.pooled] for name in colors}
     pooled = [e for e in entries if e.pooled]
     for name, group in [*groups.items(), *([("all data in one place", pooled)] if pooled and not by_bytes else [])]:
         found = merged(group, path, by_bytes)
         if not found:
             continue
-        color, style = (colors[name], "-") if name in colors else (GREY, "--")
+        color, style = (colors[name], styles[name]) if name in colors else (GREY, "--")
         x = sorted(found)
         middle = [fmean(found[at]) for at in x]
         if any(len(found[at]) > 1 for at in x):
@@ -126,7 +136,7 @@ def finish(ax: Axes, key: str, by_bytes: bool) -> None:
         percents(ax.yaxis)
         ax.set_ylabel("of the held-out rows")
     else:
-        ax.set_ylabel("cross-entropy, nats" if lower_is_better(key) else plain(key))
+        ax.set_ylabel("cross-entropy, nats" if "loss" in key else plain(key))
 
 
 class LogFew(MaxNLocator):
@@ -160,7 +170,7 @@ def base_value(entries: Sequence[Entry], key: str) -> float | None:
 
 def clients(entries: Sequence[Entry], keys: Sequence[str], colors: Mapping[str, Any]) -> Figure | None:
     """Scores of the clients' own models by rank, and of those that trained alone."""
-    shown = [key for key in (keys[0], next((k for k in keys if lower_is_better(k)), None)) if key]
+    shown = [key for key in (keys[0], course_of(keys)) if key]
     shown = [
         k for k in dict.fromkeys(shown) if any(client_scores(e.story, w, k) for e in entries for w in ("own", "alone"))
     ]
@@ -169,7 +179,7 @@ def clients(entries: Sequence[Entry], keys: Sequence[str], colors: Mapping[str, 
     ranks = sorted({member.rank for entry in entries for member in entry.story.members})
     figure, axes = panels(len(shown), width=5.4, height=HEIGHT)
     for ax, key in zip(axes, shown, strict=True):
-        ax.set_title(f"{'Held-out loss' if lower_is_better(key) else plain(key).capitalize()} of the clients, by rank")
+        ax.set_title(f"{titled(key)} of the clients, by rank")
         ends: list[tuple[float, str, Any]] = []
         groups = [(name, [e for e in entries if e.method == name], "own", "-", color) for name, color in colors.items()]
         groups.append(("alone", list(entries), "alone", ":", INK))
@@ -195,6 +205,6 @@ def clients(entries: Sequence[Entry], keys: Sequence[str], colors: Mapping[str, 
             percents(ax.yaxis)
             ax.set_ylabel("of the held-out rows")
         else:
-            ax.set_ylabel("cross-entropy, nats" if lower_is_better(key) else plain(key))
+            ax.set_ylabel("cross-entropy, nats" if "loss" in key else plain(key))
         label_ends(ax, ends, height=HEIGHT)
     return figure

@@ -399,6 +399,16 @@ def _frobenius(W: Tensor) -> float:
     return float(torch.linalg.vector_norm(W, dtype=torch.float64))
 
 
+def smallest(W: Tensor) -> float:
+    """The smallest singular value of a matrix that is not empty.
+
+    Through the Gram matrix, several times cheaper than an SVD: in float64 what that loses is 1.5e-8 of the largest
+    singular value, less than the rounding of float32 entries moves it.
+    """
+    W = (W if W.shape[0] >= W.shape[1] else W.T).double()
+    return float(torch.linalg.eigvalsh(W.T @ W)[0].clamp(min=0).sqrt())
+
+
 def tail(W: LowRank | Tensor, top: LowRank, r: int) -> float:
     """``|| W - W^(r) ||_F`` for a ``W, top`` that ``settle`` returned and any ``r`` up to the one given there."""
     return tails(W, top, [r])[0]

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from fedllm.conditioning_plots import SMALLEST, conditioning
 from fedllm.progress import is_fraction, metric, number, size
 from fedllm.story import (
     Member,
@@ -531,6 +532,8 @@ def telemetry(story: Story) -> Figure | None:
     for rnd in story.rounds:
         for (*parent, leaf), value in leaves((), rnd.get("telemetry")):
             group = tuple(parent) or (leaf,)
+            if group == (SMALLEST,):
+                continue  # a picture of its own
             found.setdefault(group, {}).setdefault(leaf, []).append((rnd["round"], value))
     if not found:
         return None
@@ -575,6 +578,7 @@ PLOTS: dict[str, Callable[[Story], Figure | None]] = {
     "ranks": ranks,
     "traffic": traffic,
     "telemetry": telemetry,
+    "conditioning": conditioning,
 }
 """Every plot by its file's name."""
 

@@ -52,7 +52,7 @@ def text(story: Story, drawn: Sequence[str]) -> str:
         ("Refused updates", [remarks(story, "refused")]),
         ("Averaged, but odd", [remarks(story, "suspect")]),
         ("Bytes", [picture("traffic", drawn)]),
-        ("Telemetry", [picture("telemetry", drawn)]),
+        ("Telemetry", [picture("telemetry", drawn), picture("conditioning", drawn)]),
         ("Settings", [settings(story.recipe)]),
         ("Command", [command(story.recipe)]),
     ]
@@ -326,6 +326,7 @@ ALT = {
     "ranks": "Weights by rank and client, and truncation error by rank",
     "traffic": "Bytes down and up, by round and by rank",
     "telemetry": "Other measurements by round",
+    "conditioning": "Smallest singular value of each layer by round",
 }
 
 

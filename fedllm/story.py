@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -188,6 +188,12 @@ def base_row(summary: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def lower_is_better(key: str) -> bool:
     return "loss" in key.lower() or "perplexity" in key.lower()
+
+
+def course_of(keys: Iterable[str]) -> str | None:
+    """The score to follow by round and by bytes: the loss, or else the first of which less is better."""
+    falling = [key for key in keys if lower_is_better(key)]
+    return next((key for key in falling if "loss" in key.lower()), next(iter(falling), None))
 
 
 def clipped(words: str, most: int) -> str:

@@ -134,7 +134,8 @@ def planned(labels: Mapping[str, str], arguments: Sequence[str]) -> Planned:
     told = ", ".join(f"{axis}={label}" for axis, label in labels.items())
     try:
         recipe = recipes.load(arguments)
-        recipe.algorithm.validate([Client(f"c{i}", 0, rank) for i, rank in enumerate(recipe.clients.ranks())])
+        kinds = itertools.product(recipe.clients.ranks(), recipe.clients.levels or ("",))
+        recipe.algorithm.validate([Client(f"c{i}", 0, rank, level=level) for i, (rank, level) in enumerate(kinds)])
     except FedError as error:
         raise FedError(
             f"the run {told}: {error} (a combination that makes no sense is left out by `without`.)"

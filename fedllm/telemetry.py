@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedllm.core import Algorithm, Reply, Tensors
 from fedllm.lowrank import LowRank
+from fedllm.models.factorized import smallest_singular_values
 
 EXACT = 128
 """Widest matrix whose numbers are exact."""
@@ -33,7 +34,7 @@ WIDEST = 128
 
 
 def measure(algorithm: Algorithm, before: Tensors, after: Tensors, replies: Sequence[Reply]) -> dict[str, Any]:
-    """A round's line under ``telemetry``: plain numbers, empty where the rule's updates are no matrices.
+    """A round's line under ``telemetry``: plain numbers, empty where nothing of the rule's state is a matrix.
 
     - ``served_error``: ``|| W' - T ||_F / || T ||_F`` over the whole model, ``W'`` what is served now and
       ``T = W + sum p_i (M_i - S_i)`` what is ideal: the mean of the clients' steps as products, from ``S_i`` (sent) to
@@ -44,6 +45,7 @@ def measure(algorithm: Algorithm, before: Tensors, after: Tensors, replies: Sequ
       ``s_j^2 / |W'|_F^2`` (what lies beyond the known ``s_j`` counts as few directions as can be); means over modules.
     - ``singular_values``: of ``W'`` by place, root mean squares over modules.
     - ``drift``: by client, ``|| M_i - S_i ||_F`` over the whole model; ``cosine``: between that step and the mean step.
+    - ``smallest_singular_value``: of a network, by layer, whole and factorised (``smallest_singular_values``).
 
     ``p_i`` are the rule's shares for the whole model: with FedHL's ``weights_per: module`` the error holds the
     difference of the two.
@@ -56,8 +58,10 @@ def measure(algorithm: Algorithm, before: Tensors, after: Tensors, replies: Sequ
     names = [name for name in served if all(_is_matrix(of.get(name)) for of in (was, served, *starts, *ends))]
     names = [name for name in names if len({tuple(of[name].shape) for of in (was, served, *ends)}) == 1]
     names, all_of_them = _spaced(names, MODULES), len(names)
+    smallest = smallest_singular_values(served)
+    conditioning = {"smallest_singular_value": smallest} if smallest else {}
     if not names:
-        return {}
+        return conditioning
     X = {width: probes(width) for width in {served[name].shape[1] for name in names}}
     error = ideal = 0.0
     norms, dots, whole = [0.0] * len(replies), [0.0] * len(replies), 0.0
@@ -77,6 +81,7 @@ def measure(algorithm: Algorithm, before: Tensors, after: Tensors, replies: Sequ
         **_spectra([spectrum(after, name, served[name], X) for name in _spaced(names, SPECTRA)], replies),
         "drift": {i: math.sqrt(norm * all_of_them / len(names)) for i, norm in zip(ids, norms, strict=True)},
         "cosine": {i: _ratio(dot, math.sqrt(norm * whole)) for i, dot, norm in zip(ids, dots, norms, strict=True)},
+        **conditioning,
     }
 
 

@@ -25,6 +25,7 @@ from fedllm.models.factorized import (
     ranks,
     recover,
     recover_weights,
+    smallest_singular_values,
     split,
     split_weights,
     to_matrix,
@@ -53,6 +54,21 @@ def test_the_matrix_entry_by_entry():
     for o, i, a, b in ((0, 0, 0, 1), (1, 2, 0, 1), (0, 2, 1, 0), (1, 0, 1, 1)):
         assert M[o * 2 + a, i * 2 + b] == W[o, i, a, b]
     assert from_matrix(M, 2).equal(W)
+
+
+def test_the_smallest_singular_values_of_a_network_are_those_of_an_svd():
+    """A CNN whose later layers are factorised: of both factors the smaller; of the stem, the one of its matrix."""
+    net = build(lambda: factorize(SmallCNN(), ranks(SmallCNN(), SmallCNN().anatomy(), 2, 0.2)), seeded())
+    found, weights = smallest_singular_values(net.state_dict()), net.state_dict()
+    assert set(found) == {f"convs.{i}" for i in range(5)}
+    for i in (0, 1):
+        assert found[f"convs.{i}"] == pytest.approx(
+            float(torch.linalg.svdvals(to_matrix(weights[f"convs.{i}.weight"]))[-1]), abs=1e-5
+        )
+    for i in (2, 3, 4):
+        UV = product(weights[f"convs.{i}.first.weight"], weights[f"convs.{i}.second.weight"])
+        least = min(float(torch.linalg.svdvals(side)[-1]) for side in (UV.A, UV.B))
+        assert found[f"convs.{i}"] == pytest.approx(least, rel=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(8, 5, 3, 3), (4, 6, 5, 5), (7, 9, 1, 1), (6, 10), (10, 6)])

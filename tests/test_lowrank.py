@@ -14,7 +14,7 @@ from torch import Tensor
 import fedllm.lowrank as lowrank
 from fedllm.algorithms import FedHL
 from fedllm.core import Client, Model, Reply, Round
-from fedllm.lowrank import LowRank, as_lowrank, cheapest, fill, plus, settle, tail, tails
+from fedllm.lowrank import LowRank, as_lowrank, cheapest, fill, plus, settle, smallest, tail, tails
 from fedllm.mean import mean_products
 
 quick = settings(max_examples=40, deadline=None)
@@ -26,6 +26,16 @@ SEEDS = st.integers(0, 2**20)
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("shape", [(300, 40), (40, 300), (1, 7), (5, 5)])
+@pytest.mark.parametrize("least", [0.5, 1.3e-3, 1e-6])
+def test_the_smallest_singular_value_is_found_beside_a_large_one(shape: tuple[int, int], least: float) -> None:
+    """Known ones from 10 down to the least; 1e-7 of the largest is float32's own rounding."""
+    m = min(shape)
+    S = torch.logspace(1, math.log10(least), m, dtype=torch.float64) if m > 1 else torch.tensor([least]).double()
+    U, V = (torch.linalg.qr(torch.randn(n, m, generator=seeded(n)).double()).Q for n in shape)
+    assert smallest(U * S @ V.T) == pytest.approx(least, rel=1e-2, abs=1e-7)
 
 
 def random(shape: tuple[int, int], r: int, seed: int, dtype: torch.dtype = torch.float32) -> LowRank:

@@ -22,6 +22,9 @@ PAGE = {
              "run.seed": [0]},
 }  # fmt: skip
 
+DATA = {"vision": "prototypes", "cifar10": "cifar10", "wikitext2": "wikitext2"}
+MIXED = ("b4", "b3", "b2")
+
 STAND_IN = """
 import json, os, sys, time
 from fedllm import folder, recipe
@@ -102,6 +105,26 @@ def test_the_paper_s_settings_and_what_cannot_be():
     assert len(device) == 2 * 2 * 3 * (4 * 3 + 1) and {len(x.recipe.clients.ranks()) for x in device} == {100}
     assert {x.recipe.clients.participation for x in device} == {0.15, 0.3}
     assert {(x.recipe.data_name, x.recipe.run.rounds) for x in device} == {("rosetta_alpaca", 20), ("dolly", 15)}
+
+
+def test_the_orderings_of_mixed_capacities():
+    """Nine rules and mixes, five of them on CIFAR-10 and three on WikiText-2, with two seeds each."""
+    pages = {page: sweep.load(f"{page}_capacities", ["data.path=here"] * (page != "vision")).runs for page in DATA}
+    assert {page: len(runs) for page, runs in pages.items()} == {"vision": 18, "cifar10": 10, "wikitext2": 6}
+    for page, runs in pages.items():
+        assert {run.recipe.data_name for run in runs} == {DATA[page]}
+        assert {run.recipe.clients.levels for run in runs if run.labels["rule"] == "HeteroFL 1, .75, .5"} == {MIXED}
+    every = [run.recipe.algorithm.svd_every for run in sweep.load("vision_svd_interval").runs]
+    assert every == [1, 1, 5, 5, 25, 25, None, None]
+
+
+def test_a_rule_that_goes_by_capacity_can_be_swept(tmp_path):
+    """Without alpha FedLMT reads it off the clients' levels: no level of its own is refused, one is not."""
+    over = {"rule": {"lmt": {}, "b2": {"clients.levels": ["b2"]}}}
+    page = {"recipe": "fedlmt_cifar10", "set": {}, "over": over}
+    assert len(sweep.load(written(tmp_path, **page)).runs) == 2
+    with pytest.raises(FedError, match="rule=lmt: fedlmt trains the network of the weakest client's level"):
+        sweep.load(written(tmp_path, **page | {"set": {"clients.levels": ["b4"]}}))
 
 
 def test_a_page_is_a_product_of_its_axes(tmp_path):

@@ -256,6 +256,26 @@ def test_what_is_no_matrix_is_left_out() -> None:
     assert given["drift"] == pytest.approx({"a": math.sqrt(3)}) and given["served_error"] == 0.0
 
 
+def test_every_layer_of_a_network_has_its_smallest_singular_value() -> None:
+    """U = (3, 4)^T has 5 and V^T = (0.6, 0.8) has 1; a 1 x 1 convolution diag(2, 0.5) has 0.5."""
+
+    class Mean(Algorithm):
+        def aggregate(self, state: Tensors, replies: Any, rnd: Round) -> Tensors:
+            return replies[0].returned
+
+    rule, client = Mean(), Client("a", 3)
+    state = {
+        "low.first.weight": torch.tensor([[0.6, 0.8]]),
+        "low.second.weight": torch.tensor([[3.0], [4.0]]),
+        "conv.weight": torch.diag(torch.tensor([2.0, 0.5]))[:, :, None, None],
+    }
+    found = measure(rule, state, state, [Reply(client, state, state)])
+    assert found["smallest_singular_value"] == pytest.approx({"low": 1.0, "conv": 0.5}) and found["drift"] == {"a": 0.0}
+    convolutions = {"conv.weight": state["conv.weight"]}
+    alone = measure(rule, convolutions, convolutions, [Reply(client, convolutions, convolutions)])
+    assert alone == {"smallest_singular_value": pytest.approx({"conv": 0.5})}
+
+
 def test_nothing_learned_yet() -> None:
     """W = 0 and clients that return what they were sent: zeros, no division by them, and no spectrum."""
     for rule in (FedHL(), FedIT(), FedLoRU()):

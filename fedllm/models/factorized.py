@@ -7,13 +7,13 @@ by a k x 1 convolution with U's. The rank is ``round(alpha c_out)``, which FedLM
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fedllm.core import FedError
-from fedllm.lowrank import LowRank, truncate_dense
+from fedllm.lowrank import LowRank, smallest, truncate_dense
 from fedllm.models.build import replace
 from fedllm.submodel import Anatomy
 
@@ -204,6 +204,29 @@ def recover_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif not name.endswith(".second.weight"):
             whole[name] = tensor
     return whole
+
+
+SIDE = 256
+"""Smaller side of the largest whole convolution that ``smallest_singular_values`` looks at: milliseconds each."""
+
+
+def smallest_singular_values(weights: Mapping[str, Any]) -> dict[str, float]:
+    """Layer -> smallest singular value: of U and of V, the smaller one, where it is ``U V^T``; or of a convolution's M.
+
+    FedLMT (Liu et al., 2024), Assumption 4.4 and Figure 8: a stationary point of the factors is one of the network that
+    they stand for only while this stays above 0.
+    """
+    found: dict[str, float] = {}
+    for name, W in weights.items():
+        layer, second = name.removesuffix(".first.weight"), name.replace(".first.", ".second.")
+        if name.endswith(".first.weight") and second in weights:
+            UV = product(W, weights[second])
+            found[layer] = min(smallest(UV.B), smallest(UV.A))
+        elif name.endswith(".weight") and not name.endswith(".second.weight") and isinstance(W, Tensor) and W.ndim == 4:
+            M = to_matrix(W)
+            if min(M.shape) <= SIDE:
+                found[name.removesuffix(".weight")] = smallest(M)
+    return found
 
 
 def frobenius_decay(UV: LowRank) -> Tensor:
