@@ -88,9 +88,11 @@ def exported(place: Path) -> nn.Module:
 @torch.no_grad()
 def with_fixed_statistics(net: nn.Module, task: Arrays, examples: Examples, size: int) -> nn.Module:
     """A copy for the test, its norms on the statistics of all these examples: batch statistics would couple them."""
-    net = with_running_statistics(net).train()
-    for at in torch.arange(len(examples)).split(size):
-        net(task.test_batch(examples, at)[0])
+    net = with_running_statistics(net)
+    if any(isinstance(module, nn.BatchNorm2d) for module in net.modules()):
+        net.train()
+        for at in torch.arange(len(examples)).split(size):
+            net(task.test_batch(examples, at)[0])
     return net.eval()
 
 
