@@ -35,6 +35,12 @@ def test_its_scores_are_those_of_the_run_kept_in_results(mark, folder):
     assert summary_table(summary) in between(mark)
 
 
+def test_its_comparison_of_rules_is_the_one_kept_in_results():
+    page = (ROOT / "results/demo_rules/compare.md").read_text()
+    tables = re.findall(r"(?:^\|.*\n)+", between("rules"), re.MULTILINE)
+    assert len(tables) == 2 and all(one in page for one in tables)
+
+
 def test_files_pictures_and_recipes_that_it_names_exist():
     for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (ROOT / path).is_file(), path
