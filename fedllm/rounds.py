@@ -242,6 +242,7 @@ def _record(algorithm: Algorithm, state: Tensors, played: Played, kept: Sequence
         "truncation_error": {reply.client.id: algorithm.truncated(state, reply.client) for reply in replies},
         "bytes_down": sum(client["bytes_down"] for client in per_client.values()),
         "bytes_up": sum(client["bytes_up"] for client in per_client.values()),
+        "flops": sum(reply.metrics.get("flops", 0.0) for reply in replies),
         "seconds": 0.0,
         "clients": per_client,
         "refused": dict(played.refused),

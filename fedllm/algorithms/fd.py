@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax, pad
 
 from fedllm.algorithms.standalone import own, scored
-from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors, under
+from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors, under, within
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,15 @@ class ClassMeans(Algorithm):
 class FD(ClassMeans):
     """``CE(z, y) + coefficient KL(p_y || softmax(z))``, ``p_y`` the mean answer to class y, where there is one.
 
-    A client's means run over all its steps in the round. The paper leaves a client's own part out of what it is sent.
-    A language model's classes are the tokens of its vocabulary, its examples the tokens of completions.
+    A client's means run over all its steps in the round. A language model's classes are the tokens of its vocabulary,
+    its examples the tokens of completions.
 
     Args:
         coefficient: lambda.
         answers: means of ``soft`` maxes; ``raw`` ones of logits, as targets of a cross-entropy that has no lower bound.
         groups: of more classes than this, such as a vocabulary's, answers are told by group; see ``grouped``.
+        teachers: whose answers a client is sent the mean of: ``all`` clients', or those of the ``others``, as in the
+            paper, which the server can leave its own out of where it keeps what each contributed to the rows.
     """
 
     any_model: ClassVar[bool] = True
@@ -80,6 +82,7 @@ class FD(ClassMeans):
     coefficient: float = 1.0
     answers: Literal["soft", "raw"] = "soft"
     groups: int = 512
+    teachers: Literal["all", "others"] = "all"
 
     def __post_init__(self) -> None:
         if self.groups < 2:
@@ -87,6 +90,38 @@ class FD(ClassMeans):
 
     def length(self, model: Model) -> int:
         return min(model.classes, self.groups)
+
+    def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
+        state = super().init(model, clients)
+        kept = [client.id for client in clients if self.teachers == "others"]
+        counts, parts = (dict.fromkeys(kept, state[name]) for name in ("known", "rows"))
+        return {**state, **under("counts", counts), **under("part", parts)}
+
+    def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
+        if self.teachers == "all":
+            return super().download(state, client, rnd)
+        others = {id: counts for id, counts in within("counts", state).items() if id != client.id}
+        total, sums = torch.zeros(len(state["known"])).double(), torch.zeros_like(state["rows"]).double()
+        for id, counts in others.items():
+            total += counts
+            sums += state[f"part/{id}"]
+        known = total > 0
+        return {"known": known, "rows": (sums[known] / total[known, None]).to(state["rows"].dtype)}
+
+    def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
+        """The rows; and where they are kept apart, who contributed what to the row that a class now has."""
+        came = {reply.client.id: reply.returned for reply in replies}
+        fresh = torch.stack([returned["seen"] for returned in came.values()]).any(dim=0)
+        parts: dict[str, Tensor] = {}
+        for id, counts in within("counts", state).items():
+            nothing = {"seen": torch.zeros_like(counts), "rows": state["rows"][:0]}
+            seen, rows = (came.get(id, nothing)[name] for name in ("seen", "rows"))
+            parts[f"counts/{id}"] = torch.where(fresh, seen, counts)
+            parts[f"part/{id}"] = torch.where(fresh[:, None], table(seen, rows), state[f"part/{id}"])
+        return {**super().aggregate(state, replies, rnd), **parts}
+
+    def served(self, state: Tensors) -> Tensors:
+        return super().served({name: state[name] for name in ("known", "rows")})
 
     def local(
         self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
