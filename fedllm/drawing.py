@@ -205,5 +205,5 @@ def boxes(ax: Axes, groups: Mapping[str, Sequence[float]], colors: Sequence[Any]
         ax.plot(spread, values, ls="", marker="o", ms=4, color=color, alpha=0.75, mec="white", mew=0.4, zorder=3)
     ax.set_xticks(range(len(groups)), [short(name, 14) for name in groups])
     ax.set_xlim(-0.6, len(groups) - 0.4)
-    if len(groups) > 5:
+    if sum(len(short(name, 14)) for name in groups) > 48:  # side by side they would overlap
         ax.tick_params(axis="x", rotation=30)

@@ -45,7 +45,7 @@ def write(run: Path) -> Path:
         FedError: the folder has no record of a round.
     """
     story = read(run)
-    drawn = draw(story, run / "plots")
+    drawn = [*draw(story, run / "plots"), *(name for name in ASKED if (run / "plots" / f"{name}.png").is_file())]
     path = run / "report.md"
     path.write_text(text(story, drawn), encoding="utf-8")
     return path
@@ -355,6 +355,9 @@ def command(recipe: Mapping[str, Any]) -> str:
 def picture(name: str, drawn: Sequence[str]) -> str:
     return f"![{ALT[name]}](plots/{name}.png)" if name in drawn else ""
 
+
+ASKED = ("tsne",)
+"""Plots that another command makes, which needs more than the folder's records."""
 
 ALT = {
     "learning": "Loss and score by round, against the base model",

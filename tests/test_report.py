@@ -144,8 +144,10 @@ def test_clients_own_models_in_a_box_for_all_and_one_a_level(tmp_path):
     text = everything(run)
     assert "3 clients of level b2, b4" in text and "(plots/own.png)" in text
     assert rows_under(text, "Clients' own models") == [
-        ["all 3", "56.7% (20.0% to 90.0%)"], ["2 of b2", "40.0% (20.0% to 60.0%)"], ["1 of b4", "90.0% (90.0% to 90.0%)"]
-    ]  # fmt: skip
+        ["all 3", "56.7% (20.0% to 90.0%)"],
+        ["2 of b2", "40.0% (20.0% to 60.0%)"],
+        ["1 of b4", "90.0% (90.0% to 90.0%)"],
+    ]
     (ax,) = client_plots.own(story.read(run)).axes
     points = [sorted(line.get_ydata()) for line in ax.get_lines() if line.get_marker() == "o"]
     assert points == [[0.2, 0.6, 0.9], [0.2, 0.6], [0.9]]

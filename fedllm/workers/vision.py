@@ -224,15 +224,28 @@ class Seat:
         at = self.worker.test_parts.get(self.client.id)
         return {} if at is None or not len(at) else self.worker.measure(weights, at, alphas, self.model.make, forward)
 
-    @torch.no_grad()
     def outputs(
         self, weights: Tensors, forward: Callable[[Any, Tensor], Tensor] = output
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """``forward(net, x)`` and the targets of all the client's training examples, a test batch at a time."""
         worker = self.worker
+        return self._passed(worker.train_set, worker.parts[self.client.id], weights, forward)
+
+    def test_outputs(
+        self, weights: Tensors, forward: Callable[[Any, Tensor], Tensor] = output
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same of the client's own test examples."""
+        worker = self.worker
+        return self._passed(worker.test_set, worker.test_parts[self.client.id], weights, forward)
+
+    @torch.no_grad()
+    def _passed(
+        self, examples: Examples, rows: Tensor, weights: Tensors, forward: Callable[[Any, Tensor], Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        worker = self.worker
         net = worker.fitted(weights, None, self.model.make).eval()
-        for at in worker.parts[self.client.id].split(worker.settings.test_batch_size):
-            x, y = worker.task.test_batch(worker.train_set, at)
+        for at in rows.split(worker.settings.test_batch_size):
+            x, y = worker.task.test_batch(examples, at)
             yield forward(net, x.contiguous(memory_format=worker.layout(x))), y
 
     def _batches(self, rnd: Round) -> Iterator[Tensor]:
