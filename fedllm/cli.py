@@ -84,7 +84,7 @@ def sweep(arguments: list[str]) -> int:
 
 
 def compare(arguments: list[str]) -> int:
-    """fedllm compare RUN... [--out DIR]: tables with mean ± std over seeds, curves, bytes to reach a score"""
+    """fedllm compare RUN... [--out DIR]: tables with mean ± std over seeds, curves, what a score costs"""
     from fedllm.compare import main as run
 
     return run(arguments)

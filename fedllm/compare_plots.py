@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from fedllm.compare_tables import ALT, kinds_of
-from fedllm.drawing import GREY, INK, LINES, boxes, label_ends, panels, percents, plain, save, short, styled
+from fedllm.drawing import GREY, INK, LINES, boxes, inked, label_ends, panels, percents, plain, save, short, styled
 from fedllm.entries import Entry, settings_in
 from fedllm.progress import is_fraction, metric, operations, size
 from fedllm.story import client_scores, clipped, lower_is_better
@@ -249,15 +249,33 @@ def trade_off(entries: Sequence[Entry], key: str, setting: str, colors: Mapping[
         figure.suptitle(setting, x=0.01, ha="left", fontsize=10)
     for ax, (title, unit, cost) in zip(axes, spent, strict=True):
         ax.set_title(f"{plain(key).capitalize()} and {title}")
-        for name, color in colors.items():
-            group = [e for e in entries if e.method == name]
-            if not group:
-                continue
-            x, y = fmean(map(cost, group)), [e.final[key] for e in group]
-            ax.plot([x, x], [min(y), max(y)], color=color, lw=1.4)
-            ax.plot([x], [fmean(y)], ls="", marker="o", ms=7, color=color, mec="white", mew=0.8)
-            ax.annotate(short(name, 20), (x, fmean(y)), (7, 4), textcoords="offset points", fontsize=8, color=color)
-        in_decades(ax, unit)
+        groups = {name: [e for e in entries if e.method == name] for name in colors}
+        points = {n: (fmean(map(cost, group)), [e.final[key] for e in group]) for n, group in groups.items() if group}
+        for name, (x, y) in points.items():
+            ax.plot([x, x], [min(y), max(y)], color=colors[name], lw=1.4)
+            ax.plot([x], [fmean(y)], ls="", marker="o", ms=7, color=colors[name], mec="white", mew=0.8)
+        if max(x for x, _ in points.values()) > 10 * min(x for x, _ in points.values()):
+            in_decades(ax, unit)
+        else:
+            ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _, unit=unit: unit(value)))
+        ax.margins(x=0.12, y=0.15)
+        named(ax, {name: (x, fmean(y)) for name, (x, y) in points.items()}, colors)
         ax.set_xlabel(title)
         as_score(ax, key)
     return figure
+
+
+def named(ax: Axes, points: Mapping[str, tuple[float, float]], colors: Mapping[str, Any]) -> None:
+    """Names beside points, towards the middle of the panel; one that would lie on another gives way downwards."""
+    ax.autoscale_view()
+    gap, taken = 11 / (72 * HEIGHT * 0.72), []
+    for name, point in sorted(points.items(), key=lambda pair: -pair[1][1]):
+        x, y = ax.transAxes.inverted().transform(ax.transData.transform(point))
+        side = 1 if x < 0.5 else -1
+        spot = min([y, *(other - gap for at, other in taken if abs(at - x) < 0.2)])
+        taken.append((x, spot))
+        ax.text(
+            x + 0.02 * side, spot, short(name, 20), transform=ax.transAxes, fontsize=8, color=inked(colors[name]),
+            ha="left" if side > 0 else "right", va="center",
+        )  # fmt: skip

@@ -82,7 +82,7 @@ def score_table(entries: Sequence[Entry], key: str) -> str:
     under = {s: baselines(entries, s, key) for s in settings_in(e for e in entries if not e.pooled)}
     for name in dict.fromkeys(name for found in under.values() for name in found):
         lines.append([f"_{safe(name)}_", *(written(under[s].get(name) if s in under else None, key) for s in by)])
-    unit = "%" if is_fraction(key) else "nats a token" if "loss" in key else ""
+    unit = "%" if is_fraction(key) else "nats" if "loss" in key else ""
     return table([unit, *(safe(setting or "mean ± std") for setting in by)], lines)
 
 

@@ -109,7 +109,9 @@ def expanded(runs: Sequence[Path]) -> list[tuple[Path, Mapping[str, str]]]:
 
 
 def with_common_score(entries: Sequence[Entry]) -> list[Entry]:
-    """Where tasks have different scores, each run's own first one also under a name that all of them share."""
+    """Where tasks have no score in common, each run's own first one also under a name that all of them share."""
+    if any(is_fraction(key) and all(key in entry.final for entry in entries) for key in entries[0].final):
+        return list(entries)
     own = [next((key for key in entry.final if is_fraction(key)), None) for entry in entries]
     names = list(dict.fromkeys(key for key in own if key is not None))
     if len(names) < 2 or None in own:

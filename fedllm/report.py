@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedllm.plots import draw
-from fedllm.progress import is_fraction, metric, number, size, span
+from fedllm.progress import is_fraction, metric, number, operations, size, span
 from fedllm.story import (
     Member,
     Story,
@@ -141,6 +141,8 @@ def facts(story: Story) -> str:
     for key, word in (("bytes_down", "down"), ("bytes_up", "up")):
         moved = sum(value for _, value in story.curve(key))
         parts += [f"{size(moved)} {word}"] if moved else []
+    computed = sum(value for _, value in story.curve("flops"))
+    parts += [f"{operations(computed)}FLOP of training"] if computed else []
     return " · ".join(parts)
 
 

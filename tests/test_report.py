@@ -137,12 +137,17 @@ def test_clients_own_models_in_a_box_for_all_and_one_a_level(tmp_path):
     split = {id: {"rows": 5, "rank": 0, "level": level} for id, level in levels.items()}
     (run / "partition.json").write_text(json.dumps({"clients": split}))
     records = [
-        {"round": i, "clients": {id: {"own_accuracy": v} for id, v in of.items()}, "eval": {"own_accuracy": 0.5}}
+        {
+            "round": i,
+            "clients": {id: {"own_accuracy": v} for id, v in of.items()},
+            "eval": {"own_accuracy": 0.5},
+            "flops": 1.5e9,
+        }
         for i, of in enumerate(scores, start=1)
     ]
     (run / "rounds.jsonl").write_text("\n".join(map(json.dumps, records)))
     text = everything(run)
-    assert "3 clients of level b2, b4" in text and "(plots/own.png)" in text
+    assert "3 clients of level b2, b4" in text and "3 GFLOP of training" in text and "(plots/own.png)" in text
     assert rows_under(text, "Clients' own models") == [
         ["all 3", "56.7% (20.0% to 90.0%)"],
         ["2 of b2", "40.0% (20.0% to 60.0%)"],
