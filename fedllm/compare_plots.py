@@ -269,7 +269,8 @@ def trade_off(entries: Sequence[Entry], key: str, setting: str, colors: Mapping[
 def named(ax: Axes, points: Mapping[str, tuple[float, float]], colors: Mapping[str, Any]) -> None:
     """Names beside points, towards the middle of the panel; one that would lie on another gives way downwards."""
     ax.autoscale_view()
-    gap, taken = 11 / (72 * HEIGHT * 0.72), []
+    gap = 11 / (72 * HEIGHT * 0.72)
+    taken: list[tuple[float, float]] = []
     for name, point in sorted(points.items(), key=lambda pair: -pair[1][1]):
         x, y = ax.transAxes.inverted().transform(ax.transData.transform(point))
         side = 1 if x < 0.5 else -1
