@@ -17,7 +17,8 @@ from fedllm import cli, ledger, recipe, train
 from fedllm.accounting import sizes
 from fedllm.admission import admit, suspects
 from fedllm.algorithms import PRIVATE
-from fedllm.algorithms.fd import FD, class_means
+from fedllm.algorithms.class_means import class_means
+from fedllm.algorithms.fd import FD
 from fedllm.algorithms.fedkd import FedKD, compressed, decompressed
 from fedllm.algorithms.fedlora import FedLoRA
 from fedllm.algorithms.fedproto import FedProto, nearness

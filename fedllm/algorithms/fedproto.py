@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fedllm.algorithms.fd import ClassMeans, class_means, table
+from fedllm.algorithms.class_means import ClassMeans, class_means, table
 from fedllm.algorithms.lg_fedavg import head_shape
 from fedllm.algorithms.standalone import own, scored
 from fedllm.core import Model, Round, Tensors
