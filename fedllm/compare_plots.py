@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,7 +17,7 @@ from fedllm.compare_tables import ALT, kinds_of
 from fedllm.drawing import GREY, INK, LINES, boxes, inked, label_ends, panels, percents, plain, save, short, styled
 from fedllm.entries import Entry, settings_in
 from fedllm.progress import is_fraction, metric, operations, size
-from fedllm.story import client_scores, clipped, lower_is_better
+from fedllm.story import client_scores, clipped, course_of
 from fedllm.verdicts import baselines, pooled_for
 
 Curve = Mapping[float, Sequence[float]]
@@ -177,7 +177,7 @@ def base_value(entries: Sequence[Entry], key: str) -> float | None:
 
 def clients(entries: Sequence[Entry], keys: Sequence[str], colors: Mapping[str, Any]) -> Figure | None:
     """Scores of the clients' own models by rank or level, and of those that trained alone."""
-    shown = [key for key in (keys[0], next((k for k in keys if lower_is_better(k)), None)) if key]
+    shown = [key for key in (keys[0], course_of(keys)) if key]
     shown = [
         k for k in dict.fromkeys(shown) if any(client_scores(e.story, w, k) for e in entries for w in ("own", "alone"))
     ]
@@ -187,7 +187,7 @@ def clients(entries: Sequence[Entry], keys: Sequence[str], colors: Mapping[str, 
     by = "level" if any(member.level for entry in entries for member in entry.story.members) else "rank"
     figure, axes = panels(len(shown), width=5.4, height=HEIGHT)
     for ax, key in zip(axes, shown, strict=True):
-        ax.set_title(f"{'Held-out loss' if lower_is_better(key) else plain(key).capitalize()} of the clients, by {by}")
+        ax.set_title(f"{titled(key)} of the clients, by {by}")
         ends: list[tuple[float, str, Any]] = []
         groups = [(name, [e for e in entries if e.method == name], "own", "-", color) for name, color in colors.items()]
         groups.append(("each client alone", list(entries), "alone", ":", INK))

@@ -41,7 +41,7 @@ def text(
 
 
 ALT = {
-    "curves": "Held-out loss and score by round, and loss by bytes moved, mean and range over seeds",
+    "curves": "Scores by round and by bytes moved, mean and range over seeds",
     "trade_off": "The score at the end against bytes moved and FLOPs of training, mean and range over seeds",
     "boxes": "Scores of the clients' own models, a box a rule",
     "clients": "Each client's own model, by rank or level",

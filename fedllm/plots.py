@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedllm.client_plots import clients, data, own
+from fedllm.conditioning_plots import SMALLEST, conditioning
 from fedllm.drawing import (
     DOWN,
     GREY,

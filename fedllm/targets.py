@@ -11,7 +11,7 @@ from fedllm.core import FedError
 from fedllm.entries import Entry, methods_in, settings_in
 from fedllm.progress import is_fraction, operations, size
 from fedllm.report import safe, said, table
-from fedllm.story import lower_is_better
+from fedllm.story import course_of, lower_is_better
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def goals(entries: Sequence[Entry], keys: Sequence[str], target: str | None) -> 
         if key not in keys or not math.isfinite(wanted):
             raise FedError(f"--target {target}: give METRIC=VALUE, a metric of {', '.join(keys)}.")
         return key, dict.fromkeys(settings, wanted)
-    key = next((key for key in keys if lower_is_better(key)), keys[0])
+    key = course_of(keys) or keys[0]
     reached: dict[str, list[float]] = {}
     for entry in (e for e in entries if not e.pooled):
         values = [value for _, value in entry.story.curve("eval", key)]

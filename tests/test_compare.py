@@ -10,7 +10,8 @@ import yaml
 
 from fedllm import compare, compare_plots
 from fedllm.core import FedError
-from fedllm.entries import entries_of
+from fedllm.entries import Entry, entries_of
+from fedllm.story import Story
 from fedllm.verdicts import Cell, verdict
 
 RANKS = {"c0": 8, "c1": 2}
@@ -78,6 +79,32 @@ def test_the_table_by_hand(runs, tmp_path):
     assert "With 3 seeds a test has next to no power" in page
     loss = cells_of(page, "Loss")
     assert ["fedhl", "**0.800 ± 0.000**"] in loss and ["fedit", "1.000 ± 0.000"] in loss
+
+
+def test_less_perplexity_is_better_and_the_loss_is_what_is_reached(tmp_path):
+    """Two rules of losses 1 and 2: e^1 is the better perplexity, and both reached the loss of 2."""
+    runs = []
+    for rule, loss in (("fedlmt", 1.0), ("fedavg", 2.0)):
+        run = a_run(tmp_path / rule, rule, 0, [3.0, loss], [0.0, 0.0])
+        records = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+        scores = [
+            {"perplexity": math.exp(r["eval"]["loss"]), "masked_accuracy": 0.1, "loss": r["eval"]["loss"]}
+            for r in records
+        ]
+        lines = (json.dumps(r | {"eval": found}) + "\n" for r, found in zip(records, scores, strict=True))
+        (run / "rounds.jsonl").write_text("".join(lines))
+        runs.append(run)
+    page = compare.write(runs, tmp_path / "out", "perplexity").read_text()
+    perplexity = cells_of(page, "Perplexity")
+    assert ["fedlmt", f"**{math.exp(1):.3f}**"] in perplexity and ["fedavg", f"{math.exp(2):.3f}"] in perplexity
+    assert cells_of(page, "Cost of a score")[0][0] == "loss at most 2"
+
+
+def test_ten_rules_have_ten_looks():
+    names = [f"rule {i}" for i in range(10)]
+    entries = [Entry(Path(name), NOTHING, name, "", "", 0, False) for name in names]
+    looks = {(compare_plots.colors_of(entries)[name], compare_plots.dashes(names)[name]) for name in names}
+    assert len(looks) == 10
 
 
 def test_the_cost_of_a_score_by_hand(runs, tmp_path):
