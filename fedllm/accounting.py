@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from fedllm.core import FedError
 from fedllm.lowrank import LowRank
@@ -77,6 +79,43 @@ def forward_cost(model: nn.Module, shape: Sequence[int], dtype: torch.dtype = to
     with counter, torch.no_grad():
         model(torch.zeros(1, *shape, dtype=dtype, device="meta"))
     return Cost(counter.get_total_flops() // 2, seen["norm"], seen["pool"])
+
+
+class Meter:
+    """FLOPs of training as they are done: 2 a multiply-add of convolutions, linear layers and matrix products.
+
+    Forward and backward of whatever a rule's loss runs, frozen and second networks and distillation included; what is
+    element by element (norms, activations, the optimizer), tests and what the server computes are not. A step costs in
+    proportion to its examples, so one step of each kind is counted and the others follow from it.
+    """
+
+    def __init__(self) -> None:
+        self.flops = 0.0
+        self._each = 0.0
+
+    @contextmanager
+    def step(self, examples: int, fresh: bool) -> Iterator[None]:
+        """Around the forward and backward pass of one step; ``fresh`` where it is not of the kind of the last one."""
+        counted = _Counted()
+        with counted if fresh else nullcontext():
+            yield
+        if fresh:
+            self._each = counted.flops / examples
+        self.flops += self._each * examples
+
+
+class _Counted(TorchDispatchMode):
+    """FlopCounterMode's sum without its table of modules, which costs more than a small network's step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func.overloadpacket):
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,13 @@ def report(arguments: list[str]) -> int:
     return 0
 
 
+def tsne(arguments: list[str]) -> int:
+    """fedllm tsne RUN [--examples N]: what the clients' networks make of their test examples, as a map in the report"""
+    from fedllm.embedding import main as run
+
+    return run(arguments)
+
+
 def sweep(arguments: list[str]) -> int:
     """fedllm sweep PAGE [a.b=c ...] [--out DIR] [--plan] [--jobs N]: rules x seeds x profiles, resumably"""
     from fedllm.train import hush
@@ -77,7 +84,7 @@ def sweep(arguments: list[str]) -> int:
 
 
 def compare(arguments: list[str]) -> int:
-    """fedllm compare RUN... [--out DIR]: tables with mean ± std over seeds, curves, bytes to reach a score"""
+    """fedllm compare RUN... [--out DIR]: tables with mean ± std over seeds, curves, what a score costs"""
     from fedllm.compare import main as run
 
     return run(arguments)
@@ -114,6 +121,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "aggregate": aggregate,
     "evaluate": evaluate,
     "report": report,
+    "tsne": tsne,
     "sweep": sweep,
     "compare": compare,
     "hessian": hessian,

@@ -1,24 +1,24 @@
-"""The pictures of a comparison: curves by round and by bytes, and the clients' own scores by rank."""
+"""The pictures of a comparison: curves by round and bytes, what a score costs, and the clients' own models."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from fedllm.compare import Entry, baselines, client_scores, pooled_for
-from fedllm.plots import DPI, GREY, INK, LINES, STYLE, label_ends, panels, percents, plain, short
-from fedllm.progress import is_fraction, metric, size
-from fedllm.story import course_of
+from fedllm.compare_tables import ALT, kinds_of
+from fedllm.drawing import GREY, INK, LINES, boxes, inked, label_ends, panels, percents, plain, save, short, styled
+from fedllm.entries import Entry, settings_in
+from fedllm.progress import is_fraction, metric, operations, size
+from fedllm.story import client_scores, clipped, course_of
+from fedllm.verdicts import baselines, pooled_for
 
 Curve = Mapping[float, Sequence[float]]
 """By round, or by bytes: one value a seed."""
@@ -28,27 +28,23 @@ HEIGHT = 3.3
 
 def draw(entries: Sequence[Entry], keys: Sequence[str], out: Path) -> list[str]:
     """Writes what there is to show; the names of the files, without suffix. Those of an earlier call are removed."""
-    for old in [*out.glob("curves*.png"), out / "clients.png"]:
-        old.unlink(missing_ok=True)
+    for old in [path for start in ALT for path in out.glob(f"{start}*.png")]:
+        old.unlink()
     federated = [entry for entry in entries if not entry.pooled]
     settings = list(dict.fromkeys(entry.setting for entry in federated))
     colors = colors_of(entries)
-    figures: dict[str, Figure] = {}
-    with matplotlib.rc_context(STYLE):
+    figures: dict[str, Figure | None] = {}
+    with styled():
         for number, setting in enumerate(settings):
-            name = "curves" if len(settings) == 1 else f"curves_{number + 1}_{slug(setting)}"
-            figure = curves(
-                [*(e for e in federated if e.setting == setting), *pooled_for(entries, setting)], keys, setting, colors
-            )
-            if figure is not None:
-                figures[name] = figure
-        figure = clients(federated, keys, colors)
-        if figure is not None:
-            figures["clients"] = figure
-        for name, figure in figures.items():
-            FigureCanvasAgg(figure)
-            figure.savefig(out / f"{name}.png", dpi=DPI)
-    return list(figures)
+            part = "" if len(settings) == 1 else f"_{number + 1}_{slug(setting)}"
+            ours = [entry for entry in federated if entry.setting == setting]
+            figures[f"curves{part}"] = curves([*ours, *pooled_for(entries, setting)], keys, setting, colors)
+            figures[f"trade_off{part}"] = trade_off(ours, keys[0], setting, colors)
+        figures |= {"boxes": own(federated, keys, colors), "clients": clients(federated, keys, colors)}
+        drawn = {name: figure for name, figure in figures.items() if figure is not None}
+        for name, figure in drawn.items():
+            save(figure, out / f"{name}.png")
+    return list(drawn)
 
 
 def titled(key: str) -> str:
@@ -123,20 +119,31 @@ def panel(ax: Axes, entries: Sequence[Entry], path: tuple[str, ...], by_bytes: b
 
 def finish(ax: Axes, key: str, by_bytes: bool) -> None:
     if by_bytes:
-        ax.set_xscale("log")
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.xaxis.set_major_locator(LogFew())
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value).replace(".0 ", " ")))
+        in_decades(ax, size)
         ax.set_xlabel("bytes, down and up")
     else:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10]))
         ax.set_xlabel("round")
     if is_fraction(key):
         ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+    as_score(ax, key)
+
+
+def as_score(ax: Axes, key: str) -> None:
+    """The vertical axis of a score."""
+    if is_fraction(key):
         percents(ax.yaxis)
         ax.set_ylabel("of the held-out rows")
     else:
         ax.set_ylabel("cross-entropy, nats" if "loss" in key else plain(key))
+
+
+def in_decades(ax: Axes, unit: Callable[[float], str]) -> None:
+    """A logarithmic horizontal axis of bytes or operations."""
+    ax.set_xscale("log")
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_locator(LogFew())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: unit(value).replace(".0 ", " ")))
 
 
 class LogFew(MaxNLocator):
@@ -144,7 +151,7 @@ class LogFew(MaxNLocator):
 
     def tick_values(self, vmin: float, vmax: float) -> Any:
         low, high = max(min(vmin, vmax), 1.0), max(vmin, vmax, 1.0)
-        ladder = [m * 10.0**p for p in range(16) for m in (1, 2, 5)]
+        ladder = [m * 10.0**p for p in range(24) for m in (1, 2, 5)]
         inside = [value for value in ladder if low <= value <= high]
         return np.asarray(inside[:: -(-len(inside) // 4)] if inside else [low])
 
@@ -169,42 +176,107 @@ def base_value(entries: Sequence[Entry], key: str) -> float | None:
 
 
 def clients(entries: Sequence[Entry], keys: Sequence[str], colors: Mapping[str, Any]) -> Figure | None:
-    """Scores of the clients' own models by rank, and of those that trained alone."""
+    """Scores of the clients' own models by rank or level, and of those that trained alone."""
     shown = [key for key in (keys[0], course_of(keys)) if key]
     shown = [
         k for k in dict.fromkeys(shown) if any(client_scores(e.story, w, k) for e in entries for w in ("own", "alone"))
     ]
-    if not shown:
+    kinds = kinds_of(entries)
+    if not shown or not any(kinds):
         return None
-    ranks = sorted({member.rank for entry in entries for member in entry.story.members})
+    by = "level" if any(member.level for entry in entries for member in entry.story.members) else "rank"
     figure, axes = panels(len(shown), width=5.4, height=HEIGHT)
     for ax, key in zip(axes, shown, strict=True):
-        ax.set_title(f"{titled(key)} of the clients, by rank")
+        ax.set_title(f"{titled(key)} of the clients, by {by}")
         ends: list[tuple[float, str, Any]] = []
         groups = [(name, [e for e in entries if e.method == name], "own", "-", color) for name, color in colors.items()]
-        groups.append(("alone", list(entries), "alone", ":", INK))
+        groups.append(("each client alone", list(entries), "alone", ":", INK))
         for place, (name, group, kind, style, color) in enumerate(groups):
-            by: dict[int, list[float]] = {}
-            for entry in group:
-                for rank, value in client_scores(entry.story, kind, key):
-                    by.setdefault(rank, []).append(value)
-            if not by:
+            found = [pair for entry in group for pair in client_scores(entry.story, kind, key).items()]
+            of = {k: [value for member, value in found if member.kind == k] for k in kinds}
+            of = {k: values for k, values in of.items() if values}
+            if not of:
                 continue
             shift = 0.06 * (place - (len(groups) - 1) / 2)
-            x = [ranks.index(rank) + shift for rank in sorted(by)]
-            for at, rank in zip(x, sorted(by), strict=True):
-                ax.plot([at] * len(by[rank]), by[rank], ls="", marker="o", ms=3.5, color=color, alpha=0.45, mew=0)
-            middle = [fmean(by[rank]) for rank in sorted(by)]
+            x = [kinds.index(k) + shift for k in of]
+            for at, values in zip(x, of.values(), strict=True):
+                ax.plot([at] * len(values), values, ls="", marker="o", ms=3.5, color=color, alpha=0.45, mew=0)
+            middle = [fmean(values) for values in of.values()]
             ax.plot(x, middle, color=color, ls=style, lw=1.8, marker="_" if len(x) == 1 else None, ms=16, mew=2)
-            told = "each client alone" if kind == "alone" else name
-            ends.append((middle[-1], f"{short(told, 24)} {metric(key, middle[-1])}", color))
-        ax.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
-        ax.set_xlim(-0.4, len(ranks) - 0.6)
-        ax.set_xlabel("rank")
-        if is_fraction(key):
-            percents(ax.yaxis)
-            ax.set_ylabel("of the held-out rows")
-        else:
-            ax.set_ylabel("cross-entropy, nats" if "loss" in key else plain(key))
+            ends.append((middle[-1], f"{short(name, 24)} {metric(key, middle[-1])}", color))
+        ax.set_xticks(range(len(kinds)), kinds)
+        ax.set_xlim(-0.4, len(kinds) - 0.6)
+        as_score(ax, key)
         label_ends(ax, ends, height=HEIGHT)
     return figure
+
+
+def own(entries: Sequence[Entry], keys: Sequence[str], colors: Mapping[str, Any]) -> Figure | None:
+    """The first score of the clients' own models: a box a rule, every client of every seed over it."""
+    key = next((k for k in keys if is_fraction(k) and any(client_scores(e.story, "own", k) for e in entries)), None)
+    if key is None:
+        return None
+    scores = {
+        setting: {
+            name: [value for e in entries if (e.method, e.setting) == (name, setting) for value in of(e, key)]
+            for name in colors
+        }
+        for setting in settings_in(entries)
+    }
+    figure, axes = panels(len(scores), width=max(4.6, 1.6 + 0.6 * len(colors)), height=3.6)
+    for ax, (setting, by) in zip(axes, scores.items(), strict=True):
+        known = {name: values for name, values in by.items() if values}
+        score = plain(key).removeprefix("own ").capitalize()
+        ax.set_title(clipped(setting, 40) or f"{score} of the clients' own models")
+        boxes(ax, known, [colors[name] for name in known])
+        as_score(ax, key)
+    return figure
+
+
+def of(entry: Entry, key: str) -> list[float]:
+    return list(client_scores(entry.story, "own", key).values())
+
+
+def trade_off(entries: Sequence[Entry], key: str, setting: str, colors: Mapping[str, Any]) -> Figure | None:
+    """The score after the last round against the bytes moved and the FLOPs of training until then: a point a rule."""
+    spent = [("bytes, down and up", size, lambda e: max(e.moved().values()))]
+    spent += [("FLOPs of training", operations, lambda e: max(e.computed().values()))]
+    spent = [(title, unit, cost) for title, unit, cost in spent if any(cost(e) for e in entries)]
+    if not spent:
+        return None
+    figure, axes = panels(len(spent), width=5.4, height=HEIGHT)
+    if setting:
+        figure.suptitle(setting, x=0.01, ha="left", fontsize=10)
+    for ax, (title, unit, cost) in zip(axes, spent, strict=True):
+        ax.set_title(f"{plain(key).capitalize()} and {title}")
+        groups = {name: [e for e in entries if e.method == name] for name in colors}
+        points = {n: (fmean(map(cost, group)), [e.final[key] for e in group]) for n, group in groups.items() if group}
+        for name, (x, y) in points.items():
+            ax.plot([x, x], [min(y), max(y)], color=colors[name], lw=1.4)
+            ax.plot([x], [fmean(y)], ls="", marker="o", ms=7, color=colors[name], mec="white", mew=0.8)
+        if max(x for x, _ in points.values()) > 10 * min(x for x, _ in points.values()):
+            in_decades(ax, unit)
+        else:
+            ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _, unit=unit: unit(value)))
+        ax.margins(x=0.12, y=0.15)
+        named(ax, {name: (x, fmean(y)) for name, (x, y) in points.items()}, colors)
+        ax.set_xlabel(title)
+        as_score(ax, key)
+    return figure
+
+
+def named(ax: Axes, points: Mapping[str, tuple[float, float]], colors: Mapping[str, Any]) -> None:
+    """Names beside points, towards the middle of the panel; one that would lie on another gives way downwards."""
+    ax.autoscale_view()
+    gap = 11 / (72 * HEIGHT * 0.72)
+    taken: list[tuple[float, float]] = []
+    for name, point in sorted(points.items(), key=lambda pair: -pair[1][1]):
+        x, y = ax.transAxes.inverted().transform(ax.transData.transform(point))
+        side = 1 if x < 0.5 else -1
+        spot = min([y, *(other - gap for at, other in taken if abs(at - x) < 0.2)])
+        taken.append((x, spot))
+        ax.text(
+            x + 0.02 * side, spot, short(name, 20), transform=ax.transAxes, fontsize=8, color=inked(colors[name]),
+            ha="left" if side > 0 else "right", va="center",
+        )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from fedllm.drawing import GREY, INK, LINES, by_round, label_ends, line, panels, short
 from fedllm.story import Points, Story, at, map_numbers
 
 SMALLEST = "smallest_singular_value"
@@ -19,8 +20,6 @@ NAMED = 8
 
 def conditioning(story: Story) -> Figure | None:
     """Each layer's smallest singular value as a thin line, the smallest of all as a thick one; decades up."""
-    from fedllm.plots import GREY, INK, LINES, by_round, label_ends, line, panels, short
-
     layers: dict[str, Points] = {}
     for rnd in story.rounds:
         for layer, value in map_numbers(at(rnd, "telemetry", SMALLEST)):

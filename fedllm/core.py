@@ -131,11 +131,13 @@ class Algorithm:
         any_rank: ``aggregate`` takes products of any rank from a client, not only of the rank that it was sent.
         any_model: no weight travels, and nothing is asked of a client's model but its answers: it may be a network that
             is trained whole, of any shape, or an adapter of any language model.
+        at_most: why a plan's bytes are the most that can travel, where the values decide how much does.
     """
 
     network: ClassVar[str] = ""
     any_rank: ClassVar[bool] = False
     any_model: ClassVar[bool] = False
+    at_most: ClassVar[str] = ""
 
     def validate(self, clients: Sequence[Client]) -> None:
         """Raises FedError where these clients cannot take part in this algorithm; called before anything is loaded."""

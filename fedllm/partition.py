@@ -36,6 +36,9 @@ class Member(Protocol):
     @property
     def rank(self) -> int: ...
 
+    @property
+    def level(self) -> str: ...
+
 
 def blocks(n: int, clients: int) -> Parts:
     """Contiguous blocks whose sizes differ by one at most: text in its own order. Complete."""
@@ -327,7 +330,7 @@ def describe(
     clients: Sequence[Member],
     seed: int,
 ) -> dict[str, Any]:
-    """Rows and label mix of each client, and how many of the ``n`` rows nobody got; plain JSON values.
+    """Rows, label mix and level of each client, and how many of the ``n`` rows nobody got; plain JSON values.
 
     Labels become text; without labels each mix is empty.
     """
@@ -337,6 +340,7 @@ def describe(
         "dropped_rows": n - sum(len(part) for part in parts),
         "clients": {
             client.id: {"rows": len(part), "rank": client.rank, "labels": _mix(part, labels)}
+            | ({"level": client.level} if client.level else {})
             for client, part in zip(clients, parts, strict=True)
         },
     }

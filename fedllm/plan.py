@@ -60,6 +60,8 @@ def show(recipe: Recipe, plan: dict[str, Any], console: Console) -> None:
             f"{totals['flops_paper_1e12']:,.2f}e12 FLOPs",
             soft_wrap=True,
         )
+    if plan.get("at_most"):
+        console.print(f"down, up and bytes are the most that can travel: {plan['at_most']}.", soft_wrap=True)
     if plan.get("guessed"):
         console.print("The Hub cannot be reached: rows are the known number, tokens the most that max_length allows.")
     if totals["dropped_rows"]:

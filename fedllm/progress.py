@@ -248,6 +248,15 @@ def size(count: float) -> str:
     return f"{count:,.1f} TB"
 
 
+def operations(count: float) -> str:
+    """FLOPs in decimal units: ``1.2 T``; a dash where none were counted."""
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(count) < 999.5:
+            return f"{count:.3g} {unit}".strip() if count else "–"
+        count /= 1000
+    return f"{count:,.3g} P"
+
+
 def span(seconds: float) -> str:
     """``42 s``, ``7:05``, ``2:07:05``."""
     if seconds < 60:

@@ -18,8 +18,21 @@ from rich.table import Table
 from rich.text import Text
 
 from fedllm.plots import draw
-from fedllm.progress import is_fraction, metric, number, size, span
-from fedllm.story import Member, Story, at, base_row, clipped, lower_is_better, map_numbers, mapping, read, rows_of
+from fedllm.progress import is_fraction, metric, number, operations, size, span
+from fedllm.story import (
+    Member,
+    Story,
+    at,
+    base_row,
+    client_scores,
+    clipped,
+    lower_is_better,
+    map_numbers,
+    mapping,
+    own_keys,
+    read,
+    rows_of,
+)
 
 
 def write(run: Path) -> Path:
@@ -32,7 +45,7 @@ def write(run: Path) -> Path:
         FedError: the folder has no record of a round.
     """
     story = read(run)
-    drawn = draw(story, run / "plots")
+    drawn = [*draw(story, run / "plots"), *(name for name in ASKED if (run / "plots" / f"{name}.png").is_file())]
     path = run / "report.md"
     path.write_text(text(story, drawn), encoding="utf-8")
     return path
@@ -47,6 +60,7 @@ def text(story: Story, drawn: Sequence[str]) -> str:
             [summary_table(story.summary), gain(story.summary), *notes(story.summary), picture("learning", drawn)],
         ),
         ("Who trained what", [*who(story), picture("data", drawn), picture("clients", drawn)]),
+        ("Clients' own models", [own_table(story), picture("own", drawn), picture("tsne", drawn)]),
         ("Weights and truncation", [picture("ranks", drawn)]),
         ("Rounds", [rounds_table(story), skipped(story)]),
         ("Refused updates", [remarks(story, "refused")]),
@@ -113,8 +127,11 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
 def facts(story: Story) -> str:
     """The run in one line."""
     ranks = sorted({member.rank for member in story.members if member.rank})
+    levels = list(dict.fromkeys(member.level for member in story.members if member.level))
     clients = f"{len(story.members)} client{'s' * (len(story.members) != 1)}"
-    if ranks:
+    if levels:
+        clients += f" of level {safe(', '.join(levels))}"
+    elif ranks:
         clients += f" of rank {ranks[0]}" if len(ranks) == 1 else f" of ranks {ranks[0]} to {ranks[-1]}"
     named = [at(story.recipe, part, "name") for part in ("algorithm", "model", "data")]
     parts = [f"{len(story.rounds)} round{'s' * (len(story.rounds) != 1)}", clients]
@@ -124,6 +141,8 @@ def facts(story: Story) -> str:
     for key, word in (("bytes_down", "down"), ("bytes_up", "up")):
         moved = sum(value for _, value in story.curve(key))
         parts += [f"{size(moved)} {word}"] if moved else []
+    computed = sum(value for _, value in story.curve("flops"))
+    parts += [f"{operations(computed)}FLOP of training"] if computed else []
     return " · ".join(parts)
 
 
@@ -154,7 +173,7 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
 
 
 def who(story: Story) -> list[str]:
-    """What every rank did, and behind a fold what every client did."""
+    """What every rank or level did, and behind a fold what every client did."""
     if not story.members:
         return []
     partition = story.partition
@@ -165,10 +184,14 @@ def who(story: Story) -> list[str]:
     dropped = number(partition.get("dropped_rows"))
     dealt += [f"{metric('rows', dropped)} rows dropped"] if dropped else []
     each = [done(story, member) for member in story.members]
-    head = ["", "rank", "rows", "rounds", "steps", "tokens", "weight", "last loss", "down", "up"]
-    lines = [[safe(d.name), d.rank, *d.cells()] for d in each]
-    by = {rank: [d for d in each if d.rank == str(rank)] for rank in story.by_rank()}
-    grouped = [[f"{len(group)} of rank {rank}", *together(group).cells()] for rank, group in by.items()]
+    by = story.by_kind()
+    kind = "level" if any(member.level for member in story.members) else "rank"
+    head = ["", kind, "rows", "rounds", "steps", "tokens", "weight", "last loss", "down", "up"]
+    lines = [[safe(d.name), safe(str(getattr(m, kind))), *d.cells()] for m, d in zip(story.members, each, strict=True)]
+    grouped = [
+        [f"{len(group)} of {safe(name)}".removesuffix(" of "), *together([done(story, m) for m in group]).cells()]
+        for name, group in by.items()
+    ]
     full = table(head, lines)
     labels = [[safe(m.id), mix(m)] for m in story.members if m.labels]
     folded = [f"<details><summary>Every client</summary>\n\n{full}\n\n</details>"] if len(lines) > 12 else [full]
@@ -181,10 +204,9 @@ def who(story: Story) -> list[str]:
 
 @dataclass(frozen=True)
 class Done:
-    """What a client, or all of a rank, did in the run; sums, but for the means of weight and loss."""
+    """What a client, or all of a kind, did in the run; sums, but for the means of weight and loss."""
 
     name: str
-    rank: str
     rows: float
     rounds: int
     steps: float
@@ -214,7 +236,7 @@ def done(story: Story, member: Member) -> Done:
     losses = story.curve("clients", member.id, "train_loss")
     took = sum(member.id in mapping(rnd.get("clients")) for rnd in story.rounds)
     return Done(
-        member.id, str(member.rank), member.rows, took, total("steps"), total("tokens"),
+        member.id, member.rows, took, total("steps"), total("tokens"),
         fmean(weights) if weights else None, losses[-1][1] if losses else None, total("bytes_down"), total("bytes_up"),
     )  # fmt: skip
 
@@ -223,10 +245,27 @@ def together(group: Sequence[Done]) -> Done:
     weights = [d.weight for d in group if d.weight is not None]
     losses = [d.loss for d in group if d.loss is not None]
     return Done(
-        "", "", sum(d.rows for d in group), sum(d.rounds for d in group), sum(d.steps for d in group),
+        "", sum(d.rows for d in group), sum(d.rounds for d in group), sum(d.steps for d in group),
         sum(d.tokens for d in group), fmean(weights) if weights else None, fmean(losses) if losses else None,
         sum(d.down for d in group), sum(d.up for d in group),
     )  # fmt: skip
+
+
+def own_table(story: Story) -> str:
+    """Mean, least and most of the clients' own models' scores, of all and of each rank or level."""
+    keys, kinds = own_keys(story), story.by_kind()
+    scored = {key: client_scores(story, "own", key) for key in keys}
+    lines = []
+    for name, group in {"all": story.members, **(kinds if len(kinds) > 1 else {})}.items():
+        cells = [spread(key, [scored[key][member] for member in group if member in scored[key]]) for key in keys]
+        lines.append([f"{len(group)} of {safe(name)}" if name in kinds else f"all {len(group)}", *cells])
+    return table(["mean (least to most)", *map(said, keys)], lines) if keys else ""
+
+
+def spread(key: str, values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    return f"{metric(key, fmean(values))} ({metric(key, min(values))} to {metric(key, max(values))})"
 
 
 def mix(member: Member) -> str:
@@ -319,12 +358,17 @@ def picture(name: str, drawn: Sequence[str]) -> str:
     return f"![{ALT[name]}](plots/{name}.png)" if name in drawn else ""
 
 
+ASKED = ("tsne",)
+"""Plots that another command makes, which needs more than the folder's records."""
+
 ALT = {
     "learning": "Loss and score by round, against the base model",
-    "clients": "Train loss of each client by round, coloured by rank",
+    "clients": "Train loss of each client by round, coloured by rank or level",
+    "own": "Scores of the clients' own models, a box for all and for each rank or level",
+    "tsne": "What the clients' networks make of their test examples, in two dimensions (t-SNE)",
     "data": "Rows and label mix of each client",
-    "ranks": "Weights by rank and client, and truncation error by rank",
-    "traffic": "Bytes down and up, by round and by rank",
+    "ranks": "Weights by rank or level and client, and truncation error",
+    "traffic": "Bytes down and up, by round and by rank or level",
     "telemetry": "Other measurements by round",
     "conditioning": "Smallest singular value of each layer by round",
 }

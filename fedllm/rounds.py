@@ -224,6 +224,7 @@ def _record(algorithm: Algorithm, state: Tensors, played: Played, kept: Sequence
     """The round's line in ``rounds.jsonl``; without its seconds and scores, which are not known yet."""
     rnd, replies = played.rnd, played.replies
     rows = sum(reply.client.num_samples for reply in replies)
+    counted = [reply.metrics["flops"] for reply in replies if "flops" in reply.metrics]
     per_client = {
         reply.client.id: {
             "rank": reply.client.rank,
@@ -242,6 +243,7 @@ def _record(algorithm: Algorithm, state: Tensors, played: Played, kept: Sequence
         "truncation_error": {reply.client.id: algorithm.truncated(state, reply.client) for reply in replies},
         "bytes_down": sum(client["bytes_down"] for client in per_client.values()),
         "bytes_up": sum(client["bytes_up"] for client in per_client.values()),
+        "flops": sum(counted) if len(counted) == len(replies) else None,
         "seconds": 0.0,
         "clients": per_client,
         "refused": dict(played.refused),

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from fedllm.core import FedError
-from fedllm.progress import number
+from fedllm.progress import is_fraction, number
 
 LAST = 10**9
 """No run has so many rounds; a record that claims to be later is broken."""
@@ -34,6 +34,12 @@ class Member:
     rank: int = 0
     rows: int = 0
     labels: Mapping[str, float] = field(default_factory=dict, hash=False)
+    level: str = ""
+
+    @property
+    def kind(self) -> str:
+        """What it shares with clients of its capacity: a level, a network of their own, or a rank; else empty."""
+        return self.level or f"rank {self.rank}" * bool(self.rank)
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,15 @@ class Story:
         )
         return list(dict.fromkeys(found))
 
-    def by_rank(self) -> dict[int, list[Member]]:
-        return {rank: list(group) for rank, group in groupby(self.members, key=lambda member: member.rank)}
+    def by_kind(self) -> dict[str, list[Member]]:
+        return {kind: list(group) for kind, group in groupby(self.members, key=lambda member: member.kind)}
+
+    @property
+    def sorted_by(self) -> str:
+        """How a title says what tells the clients apart."""
+        if any(member.level for member in self.members):
+            return ", by level"
+        return ", by rank" * any(member.rank for member in self.members)
 
 
 def read(run: Path) -> Story:
@@ -133,7 +146,7 @@ def at(record: Mapping[str, Any], *path: str) -> Any:
 
 
 def members_of(partition: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[Member]:
-    """Every client of the partition and of any round, by rank and then by name, c2 before c10."""
+    """Every client of the partition and of any round, by rank, by level and then by name, c2 before c10."""
     known: dict[str, dict[str, Any]] = {}
     for record in records:
         for key in ("weights", "truncation_error", "refused", "clients"):
@@ -147,10 +160,11 @@ def members_of(partition: Mapping[str, Any], records: Sequence[Mapping[str, Any]
             rank=int(number(entry.get("rank")) or 0),
             rows=int(number(entry.get("rows")) or 0),
             labels={label: n for label, n in map_numbers(entry.get("labels")) if n > 0},
+            level=str(entry.get("level") or ""),
         )
         for id, entry in known.items()
     ]
-    return sorted(members, key=lambda member: (member.rank, natural(member.id)))
+    return sorted(members, key=lambda member: (member.rank, natural(member.level), natural(member.id)))
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
@@ -184,6 +198,30 @@ def base_row(summary: Mapping[str, Any]) -> Mapping[str, Any]:
     first = next(iter(rows_of(summary)), {})
     trained = any(word in str(first.get("name", "")).lower() for word in ("federated", "client", "alone"))
     return {} if trained else first
+
+
+def client_scores(story: Story, kind: str, key: str) -> dict[Member, float]:
+    """The score of every client ``alone``, or of its ``own`` model after the last round that it was in.
+
+    From the summary, where models were scored on the run's test rows; what clients score themselves is in the rounds.
+    """
+    members = {member.id: member for member in story.members}
+    found: dict[Member, float] = {}
+    if kind == "own" and key.startswith("own_"):
+        courses = {member: story.curve("clients", id, key) for id, member in members.items()}
+        found = {member: course[-1][1] for member, course in courses.items() if course}
+    for row in rows_of(story.summary):
+        words = str(row.get("name", "")).replace(",", " ").split()
+        value = number(row.get(key))
+        if len(words) > 2 and words[0] == "client" and kind in words and words[1] in members and value is not None:
+            found[members[words[1]]] = value
+    return {member: found[member] for member in story.members if member in found}
+
+
+def own_keys(story: Story) -> list[str]:
+    """The shares of 1 that at least two clients' own models have."""
+    keys = [*story.keys("eval"), *(key for row in rows_of(story.summary) for key, _ in map_numbers(row))]
+    return [k for k in dict.fromkeys(keys) if is_fraction(k) and len(client_scores(story, "own", k)) > 1]
 
 
 def lower_is_better(key: str) -> bool:

@@ -34,7 +34,7 @@ from typing import Any
 
 import yaml
 
-from fedllm import checkpoint, compare, folder, story
+from fedllm import checkpoint, compare, entries, folder, story
 from fedllm import recipe as recipes
 from fedllm.core import Client, FedError
 from fedllm.progress import span
@@ -140,7 +140,7 @@ def planned(labels: Mapping[str, str], arguments: Sequence[str]) -> Planned:
         raise FedError(
             f"the run {told}: {error} (a combination that makes no sense is left out by `without`.)"
         ) from error
-    parts = [f"seed{label}" if axis == compare.SEED else label for axis, label in labels.items()]
+    parts = [f"seed{label}" if axis == entries.SEED else label for axis, label in labels.items()]
     name = "_".join(re.sub(r"[^A-Za-z0-9._]+", "-", part).strip("-") for part in parts)
     return Planned(name, dict(labels), tuple(arguments), recipe)
 
@@ -242,11 +242,11 @@ def summarised(run: Path, last: Mapping[str, Any]) -> bool:
 def folder_of(sweep: Sweep) -> None:
     """Makes the sweep's folder, with the sheet that says what each run stands for."""
     out = sweep.output
-    if out.exists() and any(out.iterdir()) and not (out / compare.SHEET).is_file():
+    if out.exists() and any(out.iterdir()) and not (out / entries.SHEET).is_file():
         raise FedError(f"{out} holds files that are not a sweep's: give an empty or new folder with --out.")
     out.mkdir(parents=True, exist_ok=True)
     sheet = {"sweep": sweep.name, "runs": {run.name: dict(run.labels) for run in sweep.runs}}
-    folder.write(out / compare.SHEET, json.dumps(sheet, indent=1))
+    folder.write(out / entries.SHEET, json.dumps(sheet, indent=1))
 
 
 def devices() -> list[str]:

@@ -9,6 +9,7 @@ import torch
 
 from fedllm.accounting import (
     Level,
+    Meter,
     assign,
     draws,
     expected,
@@ -27,6 +28,7 @@ from fedllm.models.cnn import Adapter, SmallCNN, YiCNN
 from fedllm.models.factorized import factorize, ranks
 from fedllm.models.flanc import FlancResNet
 from fedllm.models.lowrank_conv import Spec, adapt, adaptable
+from fedllm.models.network import Network
 from fedllm.models.resnet import ExitResNet, ResNet, stage_rounds
 from fedllm.models.transformer import MaskedLM
 
@@ -422,3 +424,25 @@ def test_a_level_that_nobody_declared():
 def test_sizes_of_a_payload():
     payload = {"W": torch.zeros(3, 4), "M": LowRank(torch.zeros(5, 2), torch.zeros(2, 7))}
     assert sizes(payload) == 12 + 10 + 14
+
+
+@pytest.mark.parametrize("first_reads_a_gradient", [False, True])
+def test_a_meter_counts_forward_and_backward_by_hand(first_reads_a_gradient):
+    """8 x (5 -> 3): forward 2 * 5 * 3 an example, the weight's gradient as much, the input's where one is asked for.
+
+    Two steps: 8 counted, then 3 of the same kind: 11 times.
+    """
+    layer, meter = torch.nn.Linear(5, 3), Meter()
+    for place, examples in enumerate((8, 3)):
+        with meter.step(examples, fresh=place == 0):
+            layer(torch.ones(examples, 5, requires_grad=first_reads_a_gradient)).sum().backward()
+    assert meter.flops == 11 * 2 * 5 * 3 * (3 if first_reads_a_gradient else 2)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("cnn1", (3, 16, 16)), ("yi5", (3, 32, 32)), ("resnet18", (3, 16, 16))])
+def test_a_meter_s_forward_pass_is_twice_the_multiply_adds(name, shape):
+    net = build(Network(name=name).maker("plain", 10), torch.Generator().manual_seed(0))
+    meter = Meter()
+    with meter.step(2, fresh=True):
+        net(torch.zeros(2, *shape))
+    assert meter.flops == 2 * 2 * forward_cost(net, shape).macs

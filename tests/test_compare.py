@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from fedllm import compare, compare_plots
-from fedllm.compare import Cell, Entry
 from fedllm.core import FedError
+from fedllm.entries import Entry, entries_of
 from fedllm.story import Story
+from fedllm.verdicts import Cell, verdict
 
 RANKS = {"c0": 8, "c1": 2}
 NOTHING = Story("", (), {}, {}, {}, (), 0)
@@ -96,7 +97,7 @@ def test_less_perplexity_is_better_and_the_loss_is_what_is_reached(tmp_path):
     page = compare.write(runs, tmp_path / "out", "perplexity").read_text()
     perplexity = cells_of(page, "Perplexity")
     assert ["fedlmt", f"**{math.exp(1):.3f}**"] in perplexity and ["fedavg", f"{math.exp(2):.3f}"] in perplexity
-    assert cells_of(page, "Bytes to reach a score")[0] == ["", "loss at most 2"]
+    assert cells_of(page, "Cost of a score")[0][0] == "loss at most 2"
 
 
 def test_ten_rules_have_ten_looks():
@@ -106,17 +107,17 @@ def test_ten_rules_have_ten_looks():
     assert len(looks) == 10
 
 
-def test_bytes_to_reach_by_hand(runs, tmp_path):
+def test_the_cost_of_a_score_by_hand(runs, tmp_path):
     """The loss all reached is 1.0: fedit after round 2, 2 * 150 bytes; fedhl after round 1, 600 bytes."""
     page = compare.write(runs, tmp_path / "out").read_text()
-    assert cells_of(page, "Bytes to reach a score") == [
-        ["", "loss at most 1"], ["---", "---:"], ["fedit", "300 B"], ["fedhl", "600 B"],
+    assert cells_of(page, "Cost of a score") == [
+        ["loss at most 1", "rounds", "bytes"], ["---", "---:", "---:"], ["fedit", "2", "300 B"], ["fedhl", "1", "600 B"]
     ]  # fmt: skip
     page = compare.write(runs, tmp_path / "out", target="exact_match=0.3").read_text()
     # fedit reaches 30 % with seeds 1 and 2, after two rounds; fedhl always, after two rounds of 600 bytes
-    assert cells_of(page, "Bytes to reach a score")[2:] == [["fedit", "300 B (2 of 3 seeds)"], ["fedhl", "1.2 kB"]]
+    assert cells_of(page, "Cost of a score")[2:] == [["fedit", "2 (2 of 3 seeds)", "300 B"], ["fedhl", "2", "1.2 kB"]]
     page = compare.write(runs, tmp_path / "out", target="exact_match=0.9").read_text()
-    assert cells_of(page, "Bytes to reach a score")[2:] == [["fedit", "never"], ["fedhl", "never"]]
+    assert cells_of(page, "Cost of a score")[2:] == [["fedit", "never", "–"], ["fedhl", "never", "–"]]
 
 
 def test_the_csv_files_have_the_same_numbers(runs, tmp_path):
@@ -147,7 +148,9 @@ def test_settings_are_columns_and_have_an_average(tmp_path):
     ]  # fmt: skip
     assert "(no test: one seed)." in page and "With 1 seed a test" in page
     drawn = {path.name for path in (tmp_path / "out").glob("*.png")}
-    assert len(drawn) == 2 and all(name.startswith("curves_") for name in drawn)
+    assert drawn == {
+        f"{kind}_{i}_clients_rank_{r}_2.png" for kind in ("curves", "trade_off") for i, r in ((1, 8), (2, 4))
+    }
 
 
 def test_a_paper_s_table_of_profiles_and_tasks(tmp_path):
@@ -215,6 +218,78 @@ def test_scores_of_clients_by_rank(tmp_path):
     assert (tmp_path / "out/clients.png").is_file()
 
 
+def a_private_run(folder: Path, rule: str, own: dict[str, list[float]], flops: float, levels: dict[str, str]) -> Path:
+    """Clients with networks of their own: ``own`` accuracy by client and round (NaN where it was not drawn)."""
+    rounds = max(map(len, own.values()))
+    run = a_run(folder, rule, 0, [1.0] * rounds, [0.0] * rounds, ranks=dict.fromkeys(own, 0))
+    split = {id: {"rank": 0, "rows": 5, "level": level} for id, level in levels.items()}
+    (run / "partition.json").write_text(json.dumps({"clients": split}))
+    records, last = [], {}
+    for i, line in enumerate((run / "rounds.jsonl").read_text().splitlines()):
+        scores = {id: {"own_accuracy": course[i]} for id, course in own.items() if not math.isnan(course[i])}
+        last |= {id: score["own_accuracy"] for id, score in scores.items()}
+        mean = sum(last.values()) / len(last)
+        records.append(json.loads(line) | {"clients": scores, "eval": {"own_accuracy": mean}, "flops": flops})
+    (run / "rounds.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return run
+
+
+@pytest.fixture
+def private(tmp_path) -> list[Path]:
+    """Two rules, two levels of two clients; c3 was drawn in the first round only."""
+    levels = {"c0": "cnn1", "c1": "cnn2", "c2": "cnn1", "c3": "cnn2"}
+    one = {"c0": [0.2, 0.6], "c1": [0.2, 0.8], "c2": [0.4, 1.0], "c3": [0.4, math.nan]}
+    two = {id: [score / 2 for score in course] for id, course in one.items()}
+    return [
+        a_private_run(tmp_path / "a", "standalone", one, 1.5e9, levels),
+        a_private_run(tmp_path / "b", "fedlora", two, 3e9, levels),
+    ]
+
+
+def test_clients_own_models_by_level(private, tmp_path):
+    """cnn1: (.6 + 1) / 2 = 80 ± 28.3; cnn2: (.8 + .4) / 2 = 60 ± 28.3, c3's score being that of round 1."""
+    page = compare.write(private, tmp_path / "out").read_text()
+    assert cells_of(page, "Clients by level") == [
+        ["own accuracy, over clients and seeds", "cnn2", "cnn1"], ["---", "---:", "---:"],
+        ["standalone, each client's own model", "60.0 ± 28.3", "80.0 ± 28.3"],
+        ["fedlora, each client's own model", "30.0 ± 14.1", "40.0 ± 14.1"],
+    ]  # fmt: skip
+    assert {path.stem for path in (tmp_path / "out").glob("*.png")} == {"boxes", "clients", "curves", "trade_off"}
+    for name in ("boxes", "clients", "curves", "trade_off"):
+        assert f"({name}.png)" in page
+
+
+def test_flops_to_a_score_by_hand(private, tmp_path):
+    """Means over the clients' last scores, standalone: 30, then 70 %; fedlora half of it, at twice the FLOPs."""
+    page = compare.write(private, tmp_path / "out", target="own_accuracy=0.3").read_text()
+    assert cells_of(page, "Cost of a score") == [
+        ["own accuracy at least 30 %", "rounds", "bytes", "FLOPs"], ["---", "---:", "---:", "---:"],
+        ["standalone", "1", "150 B", "1.5 G"], ["fedlora", "2", "300 B", "6 G"],
+    ]  # fmt: skip
+    assert "FLOPs are those of the clients' training" in page
+    rows = list(csv.DictReader((tmp_path / "out/runs.csv").open()))
+    assert {row["method"]: float(row["flops"]) for row in rows} == {"standalone": 3e9, "fedlora": 6e9}
+
+
+def test_a_box_a_rule_and_a_point_a_client(private):
+    entries, _ = entries_of(private)
+    colors = compare_plots.colors_of(entries)
+    (ax,) = compare_plots.own(entries, ["own_accuracy"], colors).axes
+    points = [sorted(line.get_ydata()) for line in ax.get_lines() if line.get_marker() == "o"]
+    assert points == [[0.4, 0.6, 0.8, 1.0], [0.2, 0.3, 0.4, 0.5]]
+    means = [line.get_ydata()[0] for line in ax.get_lines() if line.get_marker() == "+"]
+    assert means == pytest.approx([0.7, 0.35])
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["standalone", "fedlora"]
+
+
+def test_a_point_a_rule_at_what_its_score_cost(private):
+    entries, _ = entries_of(private)
+    axes = compare_plots.trade_off(entries, "own_accuracy", "", compare_plots.colors_of(entries)).axes
+    found = [[line.get_xydata()[0].tolist() for line in ax.get_lines() if line.get_marker() == "o"] for ax in axes]
+    assert found[0] == [pytest.approx([300, 0.7]), pytest.approx([300, 0.35])]
+    assert found[1] == [pytest.approx([3e9, 0.7]), pytest.approx([6e9, 0.35])]
+
+
 def test_unfinished_runs_are_left_out_and_said(runs, tmp_path):
     a_run(tmp_path / "half", "flora", 0, [1.0], [0.1], rounds=3)
     page = compare.write([*runs, tmp_path / "half"], tmp_path / "out").read_text()
@@ -246,16 +321,16 @@ def test_the_same_run_twice_is_not_two_seeds(runs, tmp_path):
 
 
 def test_verdicts():
-    tied = compare.verdict({"a": Cell({0: 0.5}), "b": Cell({0: 0.5})}, "exact_match")
+    tied = verdict({"a": Cell({0: 0.5}), "b": Cell({0: 0.5})}, "exact_match")
     assert tied.gap == 0 and tied.p is None
     # no shared seed: Welch. Means 0.2 and 0.6, both with variance 0.02 of two: t = 0.4 / sqrt(0.02), 2 degrees
-    welch = compare.verdict({"a": Cell({0: 0.1, 1: 0.3}), "b": Cell({2: 0.5, 3: 0.7})}, "exact_match")
+    welch = verdict({"a": Cell({0: 0.1, 1: 0.3}), "b": Cell({2: 0.5, 3: 0.7})}, "exact_match")
     t = 0.4 / math.sqrt(0.02)
     assert welch.best == "b" and welch.p == pytest.approx(1 - t / math.sqrt(2 + t * t)) and "Welch" in welch.test
     # the same gap with every seed: no spread to test against
-    constant = compare.verdict({"a": Cell({0: 1.0, 1: 2.0}), "b": Cell({0: 2.0, 1: 3.0})}, "loss")
+    constant = verdict({"a": Cell({0: 1.0, 1: 2.0}), "b": Cell({0: 2.0, 1: 3.0})}, "loss")
     assert constant.best == "a" and constant.gap == -1 and constant.p is None and "no test" in constant.test
-    assert compare.verdict({"a": Cell({0: 1.0})}, "loss") is None
+    assert verdict({"a": Cell({0: 1.0})}, "loss") is None
 
 
 def test_the_best_is_starred_where_it_is_significant(tmp_path):

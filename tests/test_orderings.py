@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fedllm import compare, sweep
+from fedllm import sweep
 from fedllm.algorithms.progfed import ProgFed
 from fedllm.cli import main
+from fedllm.entries import entries_of
 
 FULL, TWO, ONE = "HeteroFL 1, .75, .5", "HeteroFL .75, .5", "HeteroFL .5"
 
@@ -23,7 +24,7 @@ def test_low_rank_networks_against_parts_of_networks(tmp_path: Path) -> None:
     runs = [run for run in page.runs if run.labels["rule"] in wanted and run.recipe.run.seed == 0]
     sweep.folder_of(page)
     assert sweep.execute(page, runs, 1, []) == []
-    entries, _ = compare.entries_of([page.output])
+    entries, _ = entries_of([page.output])
     points = {entry.method: 100 * entry.final["accuracy"] for entry in entries}
     assert points.keys() == wanted
     assert points["FedLMT"] >= max(points[FULL], points[TWO], points[ONE])

@@ -13,20 +13,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedllm import ledger, recipe, train
+from fedllm import cli, ledger, recipe, train
 from fedllm.accounting import sizes
 from fedllm.admission import admit, suspects
 from fedllm.algorithms import PRIVATE
-from fedllm.algorithms.fd import FD, class_means
+from fedllm.algorithms.class_means import class_means
+from fedllm.algorithms.fd import FD
 from fedllm.algorithms.fedkd import FedKD, compressed, decompressed
 from fedllm.algorithms.fedlora import FedLoRA
-from fedllm.algorithms.fedproto import FedProto
+from fedllm.algorithms.fedproto import FedProto, nearness
 from fedllm.algorithms.fml import FML
 from fedllm.algorithms.lg_fedavg import LGFedAvg
 from fedllm.algorithms.standalone import Standalone
-from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors
+from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors, within
 from fedllm.lowrank import LowRank
-from fedllm.models.build import drawn
+from fedllm.models.build import Features, drawn
 from fedllm.models.network import Network
 from fedllm.tasks.images import Prototypes
 from fedllm.workers.vision import Vision, VisionWorker
@@ -39,7 +40,9 @@ ENDS = (0, 10, 24, 40, 50, 64, 80)
 
 RULES: dict[str, Algorithm] = {
     **{name: rule() for name, rule in PRIVATE.items()},
+    "standalone, always": Standalone(trains="always"),
     "fd, raw": FD(answers="raw", coefficient=0.1),
+    "fd, others": FD(teachers="others"),
     "fedkd, half": FedKD(energy=0.5, final_energy=0.6),
 }
 """The whole table, and the options that change what travels."""
@@ -190,6 +193,32 @@ def test_with_what_is_shared_it_is_not(rule: Algorithm) -> None:
         assert bits(given[id]) != bits(omega)
 
 
+def test_standalone_always_is_standalone_where_everybody_takes_part_in_every_round() -> None:
+    """c1 is drawn in rounds 1 and 3 of three; what it missed costs as much as what it does when it is drawn."""
+    drawn = [[0, 1, 2], [0, 2], [0, 1]]
+    everybody = played(Standalone(), [[0, 1, 2]] * 3)
+    always, seldom = (played(Standalone(trains=trains), drawn) for trains in ("always", "drawn"))
+    assert bits(always[2]["c1"]) == bits(everybody[2]["c1"]) != bits(seldom[2]["c1"])
+    assert bits(always[2]["c0"]) == bits(everybody[2]["c0"]) == bits(seldom[2]["c0"])
+    for cost in ("steps", "flops"):
+        c0, c1 = (reply.metrics[cost] / everybody[3][i].metrics[cost] for i, reply in enumerate(always[3]))
+        assert (c0, c1) == (1, 2)
+    assert always[3][1].metrics["train_loss"] == everybody[3][1].metrics["train_loss"]
+
+
+def test_what_training_costs() -> None:
+    """LG-FedAvg trains what Standalone trains; FedLoRA's second pass has no backward through the network; FML has two.
+
+    Class statistics are no products, and cost nothing.
+    """
+    replies = {name: played(rule(), [[2]])[3] for name, rule in PRIVATE.items()}
+    flops = {name: reply.metrics["flops"] for name, (reply,) in replies.items()}
+    assert flops["standalone"] == flops["lg_fedavg"] == flops["fd"] == flops["fedproto"]
+    assert flops["standalone"] < flops["fedlora"] < 2 * flops["standalone"]
+    assert flops["fml"] > flops["standalone"] + 0.5 * flops["standalone"]
+    assert flops["fedkd"] > flops["fml"]
+
+
 class Watched:
     """A seat that compares, after every ``train``, the frozen weights inside the network with those that were given."""
 
@@ -254,6 +283,44 @@ def test_prototypes_are_weighted_by_examples_and_fd_s_answers_by_clients() -> No
         after = rule.aggregate(state, kept, Round(1, 0))
         assert after["known"].tolist() == [True, True, True]
         assert after["rows"].tolist() == [[1, 0], [wanted, 2], [9, 9]]
+
+
+def test_fd_leaves_a_client_s_own_answers_out_of_what_it_is_sent() -> None:
+    """Round 1: class 0 from a (1, 0) and b (0, 1), class 1 from a alone. Round 2: class 0 from c alone.
+
+    To a: b's class 0, then c's, and never class 1, which only a has had. To c: the mean (.5, .5), then no class 0.
+    """
+    rule, clients = FD(teachers="others"), [Client(id, 4) for id in "abc"]
+    state = rule.init(model_of("cnn1", classes=2), clients)
+
+    def reply(id: str, seen: list[bool], rows: list[list[float]]) -> Reply:
+        return Reply(Client(id, 4), {}, {"seen": torch.tensor(seen), "rows": torch.tensor(rows)})
+
+    def sent(id: str) -> dict[int, list[float]]:
+        got = rule.download(state, Client(id, 4), Round(2, 0))
+        return dict(zip(got["known"].nonzero().flatten().tolist(), got["rows"].tolist(), strict=True))
+
+    assert [sent(id) for id in "abc"] == [{}, {}, {}]
+    first = [reply("a", [True, True], [[1.0, 0.0], [0.0, 1.0]]), reply("b", [True, False], [[0.0, 1.0]])]
+    state = rule.aggregate(state, first, Round(1, 0))
+    assert [sent(id) for id in "abc"] == [{0: [0, 1]}, {0: [1, 0], 1: [0, 1]}, {0: [0.5, 0.5], 1: [0, 1]}]
+    state = rule.aggregate(state, [reply("c", [True, False], [[0.25, 0.75]])], Round(2, 0))
+    assert [sent(id) for id in "abc"] == [{0: [0.25, 0.75]}, {0: [0.25, 0.75], 1: [0, 1]}, {1: [0, 1]}]
+    assert within("shared", rule.served(state))["rows"].tolist() == [[0.25, 0.75], [0, 1]]
+
+
+def test_the_nearest_prototype_answers() -> None:
+    """R = (0, 0) is nearest to class 1 at (1, 0), 4 from class 2 at (2, 0); class 0 lies at 0 but has no prototype."""
+
+    class Shown(torch.nn.Module):
+        def features(self, x: Tensor) -> Features:
+            return Features(x, x, x)
+
+    prototypes, has = torch.tensor([[0.0, 0], [1, 0], [2, 0]]), torch.tensor([False, True, True])
+    z = nearness(Shown(), torch.zeros(1, 2), prototypes, has)
+    assert z.tolist() == [[-math.inf, -1, -4]]
+    for reply in played(FedProto(), [[0, 1, 2], [0, 3]])[3]:
+        assert 0 <= reply.metrics["own_prototype_accuracy"] <= 1
 
 
 def test_class_statistics_that_do_not_fit_are_refused() -> None:
@@ -386,6 +453,15 @@ def test_a_plan_counts_the_rows_of_each_client_s_own_classes() -> None:
     for id, count in classes.items():
         rows = torch.zeros(count, 10)
         assert bytes_up[id] == ledger.size({"seen": torch.zeros(10, dtype=torch.bool), "rows": rows})
+
+
+@pytest.mark.parametrize(("name", "at_most"), [("fedkd", True), ("fml", False)])
+def test_a_plan_says_where_its_bytes_are_an_upper_bound(
+    name: str, at_most: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["plan", "recipe=vision_smoke", f"algorithm.name={name}"]
+    assert cli.main(asked) == 0
+    assert ("are the most that can travel" in capsys.readouterr().out) == at_most
 
 
 def test_networks_that_differ_are_not_averaged() -> None:

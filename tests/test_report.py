@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from fedllm import plots, report, story
+from fedllm import client_plots, plots, report, story
 from fedllm.core import FedError
 from fedllm.plots import draw
 from fedllm.report import print_summary, summary_table, write
@@ -128,6 +128,36 @@ def test_the_report_says_what_happened(tmp_path):
     assert rows_under(text, "Refused updates") == [["1", "c1", "NaN in q\\_proj.A".replace("\\_", "_")]]
     assert ["algorithm", "name `fedhl` · epsilon `1e-06`"] in rows_under(text, "Settings")
     assert "```sh\nfedllm train recipe=demo run.rounds=2\n```" in text
+
+
+def test_clients_own_models_in_a_box_for_all_and_one_a_level(tmp_path):
+    """b2: 20 and 60 %, mean 40; b4: 90 %, from its last round; all: 170 / 3 = 56.7 %."""
+    run, levels = make_run(tmp_path / "demo", 2, 3), {"c0": "b2", "c1": "b4", "c2": "b2"}
+    scores = [{"c0": 0.1, "c1": 0.9, "c2": 0.6}, {"c0": 0.2}]
+    split = {id: {"rows": 5, "rank": 0, "level": level} for id, level in levels.items()}
+    (run / "partition.json").write_text(json.dumps({"clients": split}))
+    records = [
+        {
+            "round": i,
+            "clients": {id: {"own_accuracy": v} for id, v in of.items()},
+            "eval": {"own_accuracy": 0.5},
+            "flops": 1.5e9,
+        }
+        for i, of in enumerate(scores, start=1)
+    ]
+    (run / "rounds.jsonl").write_text("\n".join(map(json.dumps, records)))
+    text = everything(run)
+    assert "3 clients of level b2, b4" in text and "3 GFLOP of training" in text and "(plots/own.png)" in text
+    assert rows_under(text, "Clients' own models") == [
+        ["all 3", "56.7% (20.0% to 90.0%)"],
+        ["2 of b2", "40.0% (20.0% to 60.0%)"],
+        ["1 of b4", "90.0% (90.0% to 90.0%)"],
+    ]
+    (ax,) = client_plots.own(story.read(run)).axes
+    points = [sorted(line.get_ydata()) for line in ax.get_lines() if line.get_marker() == "o"]
+    assert points == [[0.2, 0.6, 0.9], [0.2, 0.6], [0.9]]
+    assert ax.get_title() == "Accuracy of each client's own model, by level"
+    assert rows_under(text, "Who trained what")[0][1] == "b2"
 
 
 def test_a_long_run_of_many_clients_is_condensed(tmp_path):

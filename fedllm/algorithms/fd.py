@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal
@@ -11,68 +11,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax, pad
 
+from fedllm.algorithms.class_means import ClassMeans, class_means, table
 from fedllm.algorithms.standalone import own, scored
-from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors, under
-
-
-@dataclass(frozen=True)
-class ClassMeans(Algorithm):
-    """What travels is a row per class: down those that are known, up those of the classes that a client has.
-
-    ``known`` (C,), ``rows`` (K, d) -> ``seen`` (C,), ``rows`` (S, d). The server's row of a class is the mean over the
-    clients that have it, with ``seen`` as weights; a class that nobody in the cohort has keeps its row.
-    """
-
-    network: ClassVar[str] = "plain"
-
-    def length(self, model: Model) -> int:
-        """d."""
-        raise NotImplementedError
-
-    def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
-        known = torch.zeros(model.classes, dtype=torch.bool)
-        return {"known": known, "rows": torch.zeros(len(known), self.length(model))}
-
-    def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
-        return {"known": state["known"], "rows": state["rows"][state["known"]]}
-
-    def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
-        total, sums = torch.zeros(len(state["known"])).double(), torch.zeros_like(state["rows"]).double()
-        for reply in replies:
-            seen = reply.returned["seen"]
-            total += seen.double()
-            sums += seen.double()[:, None] * table(seen, reply.returned["rows"]).double()
-        fresh = total > 0
-        means = (sums / total.clamp(min=1)[:, None]).to(state["rows"].dtype)
-        return {"known": state["known"] | fresh, "rows": torch.where(fresh[:, None], means, state["rows"])}
-
-    def expected(self, reply: Reply) -> Tensors:
-        """The rows that it was sent, for whichever classes it has."""
-        known, seen = reply.sent["known"], reply.returned.get("seen")
-        has = torch.zeros_like(known)
-        if isinstance(seen, Tensor) and seen.shape == known.shape and seen.dtype in (torch.bool, torch.int64):
-            has = seen.clamp(min=0) if seen.dtype == torch.int64 else seen
-        return {"seen": has, "rows": table(known, reply.sent["rows"])[has > 0]}
-
-    def served(self, state: Tensors) -> Tensors:
-        """The rows, which are no model that could be scored."""
-        return under("shared", state)
-
-    def personal(self, reply: Reply, memory: Tensors) -> Tensors:
-        return memory
+from fedllm.core import Client, FedError, Model, Reply, Round, Tensors, under, within
 
 
 @dataclass(frozen=True)
 class FD(ClassMeans):
     """``CE(z, y) + coefficient KL(p_y || softmax(z))``, ``p_y`` the mean answer to class y, where there is one.
 
-    A client's means run over all its steps in the round. The paper leaves a client's own part out of what it is sent.
-    A language model's classes are the tokens of its vocabulary, its examples the tokens of completions.
+    A client's means run over all its steps in the round. A language model's classes are the tokens of its vocabulary,
+    its examples the tokens of completions.
 
     Args:
         coefficient: lambda.
         answers: means of ``soft`` maxes; ``raw`` ones of logits, as targets of a cross-entropy that has no lower bound.
         groups: of more classes than this, such as a vocabulary's, answers are told by group; see ``grouped``.
+        teachers: whose answers a client is sent the mean of: ``all`` clients', or those of the ``others``, as in the
+            paper, which the server can leave its own out of where it keeps what each contributed to the rows.
     """
 
     any_model: ClassVar[bool] = True
@@ -80,6 +36,7 @@ class FD(ClassMeans):
     coefficient: float = 1.0
     answers: Literal["soft", "raw"] = "soft"
     groups: int = 512
+    teachers: Literal["all", "others"] = "all"
 
     def __post_init__(self) -> None:
         if self.groups < 2:
@@ -87,6 +44,38 @@ class FD(ClassMeans):
 
     def length(self, model: Model) -> int:
         return min(model.classes, self.groups)
+
+    def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
+        state = super().init(model, clients)
+        kept = [client.id for client in clients if self.teachers == "others"]
+        counts, parts = (dict.fromkeys(kept, state[name]) for name in ("known", "rows"))
+        return {**state, **under("counts", counts), **under("part", parts)}
+
+    def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
+        if self.teachers == "all":
+            return super().download(state, client, rnd)
+        others = {id: counts for id, counts in within("counts", state).items() if id != client.id}
+        total, sums = torch.zeros(len(state["known"])).double(), torch.zeros_like(state["rows"]).double()
+        for id, counts in others.items():
+            total += counts
+            sums += state[f"part/{id}"]
+        known = total > 0
+        return {"known": known, "rows": (sums[known] / total[known, None]).to(state["rows"].dtype)}
+
+    def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
+        """The rows; and where they are kept apart, who contributed what to the row that a class now has."""
+        came = {reply.client.id: reply.returned for reply in replies}
+        fresh = torch.stack([returned["seen"] for returned in came.values()]).any(dim=0)
+        parts: dict[str, Tensor] = {}
+        for id, counts in within("counts", state).items():
+            nothing = {"seen": torch.zeros_like(counts), "rows": state["rows"][:0]}
+            seen, rows = (came.get(id, nothing)[name] for name in ("seen", "rows"))
+            parts[f"counts/{id}"] = torch.where(fresh, seen, counts)
+            parts[f"part/{id}"] = torch.where(fresh[:, None], table(seen, rows), state[f"part/{id}"])
+        return {**super().aggregate(state, replies, rnd), **parts}
+
+    def served(self, state: Tensors) -> Tensors:
+        return super().served({name: state[name] for name in ("known", "rows")})
 
     def local(
         self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
@@ -129,19 +118,3 @@ def grouped(z: Tensor, groups: int) -> Tensor:
     if classes <= groups:
         return z
     return pad(z, (0, -classes % groups), value=-torch.inf).unflatten(1, (-1, groups)).logsumexp(1)
-
-
-def table(has: Tensor, rows: Tensor) -> Tensor:
-    """``(C, d)``: the rows of the classes that ``has`` (C,) holds, zeros for the others."""
-    full = rows.new_zeros(len(has), rows.shape[1])
-    full[has > 0] = rows
-    return full
-
-
-def class_means(outputs: Iterable[tuple[Tensor, Tensor]], classes: int) -> tuple[Tensor, Tensor]:
-    """How many examples of each class there were, ``(C,)``, and the mean row of those that there were, ``(S, d)``."""
-    pairs = [(row.cpu(), y.cpu()) for row, y in outputs]
-    rows, y = torch.cat([row for row, _ in pairs]), torch.cat([y for _, y in pairs])
-    counts = torch.bincount(y, minlength=classes)
-    sums = torch.zeros(classes, rows.shape[1], dtype=torch.float64).index_add_(0, y, rows.double())
-    return counts, (sums[counts > 0] / counts[counts > 0, None]).float()

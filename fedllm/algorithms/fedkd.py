@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class FedKD(FML):
     Args:
         energy, final_energy: E(t) in the first and the last round, linear between.
     """
+
+    at_most: ClassVar[str] = "a weight travels as its SVD where that is smaller, at a rank that its values decide"
 
     energy: float = 0.95
     final_energy: float = 0.98

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from fedllm.algorithms.fedavg import FedAvg
 from fedllm.algorithms.lg_fedavg import head_shape
-from fedllm.algorithms.standalone import own, scored
+from fedllm.algorithms.standalone import COSTS, own, scored
 from fedllm.core import Client, FedError, Model, Reply, Round, Tensors
 from fedllm.models.beside import Beside, joined, part_of
 from fedllm.models.build import describe
@@ -66,7 +66,7 @@ class FedLoRA(FedAvg):
         )
         second, _, more = worker.train(theta, {}, rnd, frozen=first, loss=self.of_adapter, **both)
         omega = part_of("own", first)
-        costs = {key: metrics[key] + more[key] for key in ("steps", "seconds") if key in more}
+        costs = {key: metrics[key] + more[key] for key in COSTS if key in more}
         return part_of("adapter", second), omega, scored(worker, omega, {**metrics, **costs})
 
     def beside(self, model: Model) -> Beside:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fedllm.algorithms.fd import ClassMeans, class_means, table
+from fedllm.algorithms.class_means import ClassMeans, class_means, table
 from fedllm.algorithms.lg_fedavg import head_shape
 from fedllm.algorithms.standalone import own, scored
 from fedllm.core import Model, Round, Tensors
@@ -20,7 +21,8 @@ class FedProto(ClassMeans):
     """``CE(z, y) + coefficient mean((R - C_y)^2)``, ``C_y`` the class's prototype where there is one.
 
     A client's prototypes are means over its training examples after training; the server weights them by their number.
-    Clients predict with their own last layer.
+    Clients predict with their own last layer; ``own_prototype_accuracy`` is what they would score with the paper's
+    answer, the class whose prototype is nearest: the one it was sent, or its own of a class that nobody had before.
 
     Args:
         coefficient: lambda; the mean is over the batch and the representation's entries.
@@ -46,4 +48,14 @@ class FedProto(ClassMeans):
         )
         outputs = worker.outputs(omega, lambda net, x: net.features(x).representation)
         seen, rows = class_means(outputs, len(known))
-        return {"seen": seen, "rows": rows}, omega, scored(worker, omega, metrics)
+        near = torch.where(known[:, None], prototypes, table(seen, rows))
+        answers = worker.score(omega, forward=lambda net, x: nearness(net, x, near, known | (seen > 0)))
+        scores = {f"own_prototype_{key}": value for key, value in answers.items() if key == "accuracy"}
+        return {"seen": seen, "rows": rows}, omega, {**scored(worker, omega, metrics), **scores}
+
+
+def nearness(net: Any, x: Tensor, prototypes: Tensor, has: Tensor) -> Tensor:
+    """``-|| R - C_j ||^2``, ``(B, C)``; of a class without a prototype less than of any other."""
+    R = net.features(x).representation
+    apart = torch.cdist(R, prototypes.to(R)).square()
+    return -apart.masked_fill(~has.to(R.device), float("inf"))

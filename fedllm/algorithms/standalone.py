@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
-from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors, under
+from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors, under, within
 
 
 @dataclass(frozen=True)
 class Standalone(Algorithm):
-    """``min f_k(omega_k)``, in the rounds that the client is drawn for: what the other rules must be better than.
+    """``min f_k(omega_k)``: what the other rules must be better than. The server knows how many rounds there were.
 
-    The server knows no more than how many rounds there were.
+    Args:
+        trains: in the rounds that the client is ``drawn`` for, or ``always``: it then does what it missed when it is
+            drawn, with the data order and learning rate of each round, so its network is the one of a run where
+            everybody takes part in every round. Those missed since it was last drawn are not done at a run's end.
     """
+
+    trains: Literal["drawn", "always"] = "drawn"
 
     network: ClassVar[str] = "plain"
     any_model: ClassVar[bool] = True
@@ -30,8 +36,14 @@ class Standalone(Algorithm):
     def local(
         self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
     ) -> tuple[Tensors, Tensors, dict[str, float]]:
-        omega, _, metrics = worker.train(own(worker, memory), {}, rnd)
-        return {}, omega, scored(worker, omega, metrics)
+        omega, done = own(worker, within("own", memory)), int(memory.get("done", 0))
+        missed = range(done + 1, rnd.index) if self.trains == "always" else ()
+        spent: Counter[str] = Counter()
+        for each in [*(Round(index, rnd.seed, rounds=rnd.rounds) for index in missed), rnd]:
+            omega, _, metrics = worker.train(omega, {}, each)
+            spent.update({key: metrics[key] for key in COSTS if key in metrics})
+        kept = {**under("own", omega), "done": torch.tensor(rnd.index)}
+        return {}, kept, scored(worker, omega, {**metrics, **spent})
 
     def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
         return {"rounds": state["rounds"] + 1}
@@ -41,7 +53,11 @@ class Standalone(Algorithm):
         return under("shared", state)
 
     def personal(self, reply: Reply, memory: Tensors) -> Tensors:
-        return memory
+        return within("own", memory)
+
+
+COSTS = ("steps", "seconds", "flops")
+"""Metrics of a client's training that add up where it trains more than once in a round."""
 
 
 def own(worker: Any, memory: Tensors) -> Tensors:

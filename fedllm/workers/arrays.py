@@ -56,7 +56,7 @@ class Echo:
         x = torch.zeros(len(self.labels), *self.shape, device="meta")
         yield torch.zeros(forward(net, x).shape), self.labels
 
-    def score(self, weights: Tensors, alphas: Mapping[str, float] | None = None) -> dict[str, float]:
+    def score(self, weights: Tensors, *how: Any, **options: Any) -> dict[str, float]:
         return {}
 
 
@@ -210,6 +210,7 @@ class ArrayFederation:
                 **run.json(),
             },
             "guessed": self.guessed,
+            "at_most": recipe.algorithm.at_most,
         }
 
     guessed = False

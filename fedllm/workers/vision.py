@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedllm import folder, ledger
+from fedllm.accounting import Meter
 from fedllm.core import Client, FedError, Model, Round, Tensors
 from fedllm.models.build import with_running_statistics
 from fedllm.models.network import Network, fitted, load, scaled
@@ -173,7 +174,7 @@ class Seat:
 
         Returns:
             The trained weights under the names of ``sent``, the memory, and ``train_loss`` (mean over steps),
-            ``steps``, ``seconds``.
+            ``steps``, ``flops`` (``fedllm.accounting.Meter``), ``seconds``.
         """
         started = time.perf_counter()
         worker, settings = self.worker, self.worker.settings
@@ -187,6 +188,7 @@ class Seat:
         optimizer = torch.optim.SGD(params.values(), rate, settings.momentum, weight_decay=settings.weight_decay)
         turns = _turns(phases, self.steps)
         losses = []
+        meter = Meter()
         with _own_randomness(rnd.rng("local", self.client.id).initial_seed(), worker.device):
             for step, at in enumerate(self._batches(rnd)):
                 if step in turns:
@@ -194,11 +196,12 @@ class Seat:
                         p.requires_grad_(turns[step](name))
                         p.grad = None  # a gradient of zero would still let momentum and decay move a frozen weight
                 x, y = worker.task.train_batch(worker.train_set, at, rnd.rng("augment", self.client.id, step))
-                value = loss(forward(net, x.contiguous(memory_format=worker.layout(x))), y)
-                if penalty is not None:
-                    value = value + penalty(net)
                 optimizer.zero_grad(set_to_none=True)
-                value.backward()
+                with meter.step(len(at), fresh=step in turns):
+                    value = loss(forward(net, x.contiguous(memory_format=worker.layout(x))), y)
+                    if penalty is not None:
+                        value = value + penalty(net)
+                    value.backward()
                 if settings.max_grad_norm:
                     nn.utils.clip_grad_norm_(params.values(), settings.max_grad_norm)
                 optimizer.step()
@@ -207,23 +210,42 @@ class Seat:
         held = net.state_dict()
         returned = {name: held[name].detach().to("cpu", copy=True).contiguous() for name in sent}
         mean = float(torch.stack(losses).mean())
-        metrics = {"train_loss": mean, "steps": float(len(losses)), "seconds": time.perf_counter() - started}
+        metrics = {"train_loss": mean, "steps": float(len(losses)), "flops": meter.flops}
+        metrics["seconds"] = time.perf_counter() - started
         return returned, dict(memory), metrics
 
-    def score(self, weights: Tensors, alphas: Mapping[str, float] | None = None) -> dict[str, float]:
-        """The task's scores of these weights on this client's own test examples; empty where it has none."""
+    def score(
+        self,
+        weights: Tensors,
+        alphas: Mapping[str, float] | None = None,
+        forward: Callable[[Any, Tensor], Any] = output,
+    ) -> dict[str, float]:
+        """The task's scores of ``forward(net, x)`` on this client's own test examples; empty where it has none."""
         at = self.worker.test_parts.get(self.client.id)
-        return {} if at is None or not len(at) else self.worker.measure(weights, at, alphas, self.model.make)
+        return {} if at is None or not len(at) else self.worker.measure(weights, at, alphas, self.model.make, forward)
 
-    @torch.no_grad()
     def outputs(
         self, weights: Tensors, forward: Callable[[Any, Tensor], Tensor] = output
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """``forward(net, x)`` and the targets of all the client's training examples, a test batch at a time."""
         worker = self.worker
+        return self._passed(worker.train_set, worker.parts[self.client.id], weights, forward)
+
+    def test_outputs(
+        self, weights: Tensors, forward: Callable[[Any, Tensor], Tensor] = output
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same of the client's own test examples."""
+        worker = self.worker
+        return self._passed(worker.test_set, worker.test_parts[self.client.id], weights, forward)
+
+    @torch.no_grad()
+    def _passed(
+        self, examples: Examples, rows: Tensor, weights: Tensors, forward: Callable[[Any, Tensor], Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        worker = self.worker
         net = worker.fitted(weights, None, self.model.make).eval()
-        for at in worker.parts[self.client.id].split(worker.settings.test_batch_size):
-            x, y = worker.task.test_batch(worker.train_set, at)
+        for at in rows.split(worker.settings.test_batch_size):
+            x, y = worker.task.test_batch(examples, at)
             yield forward(net, x.contiguous(memory_format=worker.layout(x))), y
 
     def _batches(self, rnd: Round) -> Iterator[Tensor]:
@@ -353,6 +375,7 @@ class VisionWorker:
         at: Tensor,
         alphas: Mapping[str, float] | None = None,
         make: Callable[[], Any] | None = None,
+        forward: Callable[[Any, Tensor], Any] = output,
     ) -> dict[str, float]:
         """The task's scores on the test examples ``at``, in their order; exits are averaged, and scored alone too."""
         net = self.fitted(weights, alphas, make)
@@ -365,7 +388,7 @@ class VisionWorker:
         exits: list[list[Any]] = []
         for batch in at.split(self.settings.test_batch_size):
             x, y = self.task.test_batch(self.test_set, batch)
-            z = net(x.contiguous(memory_format=self.layout(x)))
+            z = forward(net, x.contiguous(memory_format=self.layout(x)))
             several = z if isinstance(z, tuple) else (z,)
             tallies.append(self.task.tally(torch.stack(several).mean(0), x, y))
             exits.append([self.task.tally(one, x, y) for one in several] if len(several) > 1 else [])
