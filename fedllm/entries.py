@@ -152,6 +152,7 @@ def settings_of(story: Story) -> dict[str, str]:
         "run.overwrite",
         "run.plan",
         "run.threads",
+        "run.parallel",
         "run.tracker",
         "run.command",
     }
