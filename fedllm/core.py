@@ -103,6 +103,8 @@ class Model:
         make: describes the network on the meta device, as ``make(width=0.5)`` at another size; None likewise.
         draw: values for such a description, from the run's seed: ``draw(make(width=0.5))``.
         classes: how many answers there are: classes of images, tokens of a vocabulary; 0 where nobody asks.
+        frozen: the weights that rules on low-rank updates freeze, as matrices ``(d_out, the rest)``, each with the
+            product of a given rank that its update starts from. None: all of them, from zero (a language model's).
     """
 
     weights: Tensors
@@ -111,6 +113,17 @@ class Model:
     make: Callable[..., Any] | None = None
     draw: Callable[[Any], dict[str, Tensor]] | None = None
     classes: int = 0
+    frozen: Mapping[str, Callable[[int], LowRank]] | None = None
+
+    def adapters(self, r: int) -> dict[str, Tensor | LowRank]:
+        """What rules on low-rank updates train: a product for every frozen weight, the other weights themselves.
+
+        Args:
+            r: the products' rank; those that start from zero have rank 0, and the rules draw their directions.
+        """
+        if self.frozen is None:
+            return {name: LowRank.zeros(*W.shape) for name, W in self.weights.items()}
+        return {name: self.frozen[name](r) if name in self.frozen else W for name, W in self.weights.items()}
 
 
 class Worker(Protocol):
@@ -126,8 +139,9 @@ class Algorithm:
     """A paper: four hooks, and three questions the report asks. The fields of a subclass are the paper's constants.
 
     Attributes:
-        network: which variant of a network this rule trains whole (``plain``, or one of its paper's own); empty where
-            it learns low-rank updates of a frozen model.
+        network: which variant of a network this rule trains (``plain``, or one of its paper's own); empty where it
+            learns low-rank updates of frozen language models alone.
+        low_rank: of a network too it learns low-rank updates of frozen weights, ``Model.adapters``.
         any_rank: ``aggregate`` takes products of any rank from a client, not only of the rank that it was sent.
         any_model: no weight travels, and nothing is asked of a client's model but its answers: it may be a network that
             is trained whole, of any shape, or an adapter of any language model.
@@ -135,6 +149,7 @@ class Algorithm:
     """
 
     network: ClassVar[str] = ""
+    low_rank: ClassVar[bool] = False
     any_rank: ClassVar[bool] = False
     any_model: ClassVar[bool] = False
     at_most: ClassVar[str] = ""

@@ -23,7 +23,7 @@ from rich.text import Text
 from fedllm import adapters, card, folder, story
 from fedllm import merge as merging
 from fedllm import recipe as recipes
-from fedllm.core import FedError, Reply, Tensors
+from fedllm.core import FedError, Model, Reply, Tensors
 from fedllm.merge import Merged
 from fedllm.models import language
 from fedllm.progress import size
@@ -44,14 +44,16 @@ SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{30,}|\bhf_jwt_[A-Za-z0-9._-]{30,}")
 TEXT = {".json", ".jsonl", ".yaml", ".md", ".txt", ".jinja"}
 
 
-def export(recipe: Recipe, state: Tensors, replies: Sequence[Reply], memories: Mapping[str, Tensors]) -> None:
+def export(
+    recipe: Recipe, model: Model, state: Tensors, replies: Sequence[Reply], memories: Mapping[str, Tensors]
+) -> None:
     """Writes a finished run's adapters: the server's, and with ``hub.clients`` each client's own of the last round."""
     kind = recipe.worker.exported
-    recipe.worker.export(recipe.output / kind, recipe.algorithm.served(state), recipe)
+    recipe.worker.export(recipe.output / kind, recipe.algorithm.served(state), recipe, model)
     for reply in replies if recipe.hub.clients else ():
         own = recipe.algorithm.personal(reply, memories.get(reply.client.id, {}))
         theirs = dataclasses.replace(recipe, model=recipe.model.of(reply.client))
-        recipe.worker.export(recipe.output / f"{kind}_clients" / reply.client.id, own, theirs)
+        recipe.worker.export(recipe.output / f"{kind}_clients" / reply.client.id, own, theirs, model)
     folder.write(recipe.output / "versions.json", json.dumps(card.versions(), indent=1))
 
 

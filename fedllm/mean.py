@@ -38,6 +38,15 @@ def mean_factors(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRan
     return LowRank(mean([u.B for u in updates], weights), mean([u.A for u in updates], weights))
 
 
+def mean_values(values: Sequence[Tensor | LowRank], weights: Sequence[float]) -> Tensor | LowRank:
+    """Of what clients return under one name: the mean of factors, or of tensors; of counters the first one's."""
+    first = values[0]
+    if isinstance(first, LowRank):
+        return mean_factors([value for value in values if isinstance(value, LowRank)], weights)
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return mean(tensors, weights) if first.is_floating_point() else first
+
+
 def pad(update: LowRank, r: int) -> LowRank:
     """The same product as factors of rank ``r``, zeros in the new columns of B and rows of A.
 

@@ -432,19 +432,25 @@ def nearest(name: str, names: Iterable[str], what: str) -> str:
 
 
 def _belong_together(recipe: Recipe) -> None:
-    """A rule on whole networks, the worker that trains them and the data it takes; or adapters and text."""
+    """A rule on networks, the worker that trains them and the data it takes; or adapters and text."""
     if not isinstance(recipe.data.task, recipe.worker.task_kind):
         fit = [name for name, kind in TASKS.items() if issubclass(kind, recipe.worker.task_kind)]
         raise FedError(
             f"data.name={recipe.data_name} is nothing that worker.name={recipe.worker_name} trains on: "
             f"take another worker ({', '.join(WORKERS)}), or one of {', '.join(fit)}."
         )
-    if not (recipe.algorithm.any_model or bool(recipe.algorithm.network) == recipe.worker.whole):
-        fit = [name for name, rule in ALGORITHMS.items() if rule.any_model or bool(rule.network) == recipe.worker.whole]
+    fit = [name for name, rule in ALGORITHMS.items() if _trains(recipe.worker.whole, rule)]
+    if not _trains(recipe.worker.whole, recipe.algorithm):
+        kind = "networks" if recipe.worker.whole else "low-rank updates of language models"
         raise FedError(
             f"algorithm.name={recipe.algorithm_name} does not train what worker.name={recipe.worker_name} trains "
-            f"({'whole networks' if recipe.worker.whole else 'low-rank updates'}): take one of {', '.join(fit)}."
+            f"({kind}): take one of {', '.join(fit)}."
         )
+
+
+def _trains(whole: bool, rule: Algorithm | type[Algorithm]) -> bool:
+    """Whether a rule can be had of a worker that trains networks (``whole``), or of one that trains adapters."""
+    return rule.any_model or (bool(rule.network) if whole else rule.low_rank or not rule.network)
 
 
 def _in_range(recipe: Recipe) -> None:

@@ -155,7 +155,7 @@ def train(recipe: recipes.Recipe, processes: Processes) -> None:
                 rows.append({"name": f"client {reply.client.id}, its own model", **scores})
         for place in recipe.eval.alone_of(len(federation.clients)):
             rows.append(_alone(recipe, federation, worker, fleet, display, place))
-        hub.export(recipe, state, replies, memories)
+        hub.export(recipe, federation.model, state, replies, memories)
     notes = federation.notes
     if recipe.eval.alone is not None:
         notes = [*notes, "A client alone trains for as many steps on its own rows as it does in the federation."]

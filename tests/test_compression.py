@@ -177,6 +177,9 @@ def test_the_other_two_run_as_well(name: str) -> None:
         def train(self, adapter: Tensors, memory: Tensors, rnd: Round, **others: Any) -> Any:
             return others.get("nested") or adapter, {}, {}
 
+        def score(self, update: Tensors) -> dict[str, float]:
+            return {}
+
     replies = []
     for client in clients:
         sent = canonical(small.download(state, client, Round(1, 0)))

@@ -48,6 +48,9 @@ class Drift:
         }
         return moved, {"moment": torch.tensor(float(rnd.index))}, {"train_loss": 1.0, "steps": 2.0}
 
+    def score(self, update: Tensors) -> dict[str, float]:
+        return {"norm": sum(float(M.norm()) for M in update.values())}
+
 
 def model(update: Tensors | None = None) -> Model:
     return Model({name: torch.empty(*shape, device="meta") for name, shape in SHAPES.items()}, update or {})
@@ -328,7 +331,9 @@ def test_pfedloru_s_server_is_fedloru_s() -> None:
     rnd = Round(6, SEED)
     first, second = (flatten(rule.aggregate(run.state, run.replies, rnd)) for rule in (ours, theirs))
     assert all(torch.equal(first[key], second[key]) for key in first)
-    assert run.replies[0].metrics == {"train_loss": 1.0, "steps": 4.0, "personal_loss": 1.0}
+    mine = ours.personal(run.replies[0], run.memories["a"])
+    norm = pytest.approx(sum(float(M.norm()) for M in mine.values()), rel=1e-5)
+    assert run.replies[0].metrics == {"train_loss": 1.0, "steps": 4.0, "personal_loss": 1.0, "own_norm": norm}
 
 
 # --- mFedLoRU
@@ -517,3 +522,4 @@ def test_parts_of_a_round_are_its_steps() -> None:
         metrics = [seat.train(sent, {}, Round(1, SEED), part=part)[2] for part in ((0.0, 0.4), (0.4, 1.0))]
         assert tuple(m["steps"] for m in metrics) == wanted
         assert metrics[0]["train_loss"] != metrics[1]["train_loss"]
+        assert seat.train(sent, {}, Round(1, SEED), part=(0.4, 0.4)) == (sent, {}, {}), "no width, no step"

@@ -1,28 +1,29 @@
-"""LoRA on convolutions: what it computes, what a merge changes, and the nested factors of mFedLoRU."""
+"""LoRA on convolutions: what it computes, where it starts, and the nested factors of mFedLoRU."""
 
 import pytest
 import torch
 from torch import nn
 
 from fedllm.accounting import trainable
-from fedllm.core import FedError
-from fedllm.models.build import build
+from fedllm.core import FedError, Model, Round
+from fedllm.lowrank import LowRank
+from fedllm.models.build import build, drawn
 from fedllm.models.cnn import YiCNN
 from fedllm.models.lowrank_conv import (
     LowRankConv,
-    NestedFactor,
     Pair,
     Spec,
     adapt,
     adaptable,
-    factor,
+    folded,
+    freeze,
     merge,
-    nest,
     pairs_of,
-    reconstruct,
-    restart,
+    plain,
     start,
+    unfolded,
 )
+from fedllm.models.network import Network, fitted
 from fedllm.models.resnet import ResNet
 
 PICO = (8, 12, 16, 20)
@@ -37,20 +38,15 @@ def images(n=4, size=16):
     return torch.randn(n, 3, size, size, generator=seeded(9))
 
 
-def adapted(specs=SHARED, w0="keep", base="frozen"):
-    """A ResNet with pairs on every convolution but the stem, the factors' values all different from zero."""
+def adapted(specs=SHARED, base="frozen"):
+    """A ResNet with pairs on every convolution but the stem, their values all different from zero."""
     model = build(lambda: ResNet(widths=PICO), seeded())
     adapt(model, adaptable(model, model.anatomy()), specs, base)
-    start(model, seeded(1), w0)
-    return model
-
-
-def trained(model):
-    """As if some steps had been made: every parameter moved."""
-    generator = seeded(2)
+    generator = seeded(1)
     with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+        for pair in (module for module in model.modules() if isinstance(module, Pair)):
+            for tensor in (*pair.parameters(), *pair.buffers()):
+                tensor.normal_(std=0.1, generator=generator)
     return model
 
 
@@ -82,20 +78,22 @@ def test_biased_convolutions_keep_their_bias():
     x = images(2, 32)
     before = model(x)
     adapt(model, adaptable(model, model.anatomy()), SHARED)
-    start(model, seeded(1), "keep")
+    nn.init.zeros_(model.conv2.shared.up.weight)
+    nn.init.normal_(model.conv2.shared.down.weight)
     torch.testing.assert_close(model(x), before)
     assert model.conv2.bias.requires_grad
 
 
-def test_keep_starts_from_the_function_and_zero_from_the_factors_alone():
-    plain = build(lambda: ResNet(widths=PICO), seeded())
-    kept, zero = adapted(w0="keep"), adapted(w0="zero")
-    x = images()
-    torch.testing.assert_close(kept(x), plain(x))
-    for layer in (m for m in zero.modules() if isinstance(m, LowRankConv)):
-        assert layer.weight.eq(0).all()
-        assert all(p.abs().max() > 0 for p in layer.parameters())
-    assert (zero(x) - plain(x)).abs().max() > 0.1
+def test_a_start_keeps_the_base_or_is_the_factors_alone():
+    """LoRA's scale, 6 / 3 = 2, is in B: entries up to 2 / sqrt(3). The rows of A are up to 1 / sqrt(4 k^2)."""
+    W = torch.randn(8, 4, 3, 3, generator=seeded())
+    kept, nothing = start(W, "keep", 6.0, seeded)
+    assert kept is W and nothing(3).rank == 0 and nothing(3).shape == (8, 36)
+    zero, both = start(W, "zero", 6.0, seeded)
+    product = both(3)
+    assert not zero.any() and zero.shape == W.shape and product.shape == (8, 36) and product.rank == 3
+    assert 1 < float(product.B.abs().max()) <= 2 / 3**0.5 and 0.1 < float(product.A.abs().max()) <= 1 / 6
+    assert torch.equal(both(3).B, product.B), "the generator is new every time"
 
 
 def test_the_base_is_a_buffer_or_a_parameter_under_the_same_name():
@@ -108,31 +106,9 @@ def test_the_base_is_a_buffer_or_a_parameter_under_the_same_name():
     assert trainable(thawed) - trainable(frozen) == bases
 
 
-def test_a_private_pair_starts_without_a_function():
-    """Both bases: the second pair adds nothing at first, and can train (its down is not zero)."""
-    for w0 in ("zero", "keep"):
-        one, two = adapted(SHARED, w0), adapted({**SHARED, "private": Spec(2)}, w0)
-        layer = two.stages[0][0].conv1
-        assert layer.private.up.weight.eq(0).all() and layer.private.down.weight.abs().max() > 0
-        two.load_state_dict(one.state_dict(), strict=False)
-        x = images()
-        torch.testing.assert_close(two(x), one(x))
-
-
-def test_merge_and_restart_leave_the_function_unchanged():
-    model, x = trained(adapted()), images()
-    before = model(x)
-    weights = {n: t.clone() for n, t in model.state_dict().items()}
-    model.load_state_dict(restart(merge(weights, "shared", 6.0), "shared", seeded(4)))
-    assert (model(x) - before).abs().max() < 1e-4
-    up = model.stages[1][0].conv1.shared.up.weight
-    assert up.eq(0).all()
-    assert not model.stages[1][0].conv1.shared.down.weight.equal(weights["stages.1.0.conv1.shared.down.weight"])
-
-
-def test_a_merge_that_keeps_the_factors_adds_exactly_delta():
-    """The effective weight goes from W + D to W + 2 D (the paper's code); the merge mutates nothing it was given."""
-    model = trained(adapted())
+def test_a_merge_adds_exactly_delta():
+    """W + 6/3 up down where the pair is; the merge mutates nothing it was given."""
+    model = adapted()
     weights = {n: t.clone() for n, t in model.state_dict().items()}
     merged = merge(model.state_dict(), "shared", 6.0)
     assert all(t.equal(weights[n]) for n, t in model.state_dict().items())
@@ -146,60 +122,106 @@ def test_a_merge_that_keeps_the_factors_adds_exactly_delta():
     assert len(weights) - len(unchanged) == 19
 
 
-def test_rank_of_two_merges():
-    """W_T - W_0 in matrix form has rank 2 r after two merges with fresh factors, and 2 r is above r."""
-    model = trained(adapted())
-    weights = {n: t.clone() for n, t in model.state_dict().items()}
-    once = restart(merge(weights, "shared", 6.0), "shared", seeded(5))
-    once = {n: t + 0.1 * torch.randn(t.shape, generator=seeded(6)) if ".shared." in n else t for n, t in once.items()}
-    twice = merge(once, "shared", 6.0)
-    name = "stages.3.1.conv1.weight"
-    for after, rank in ((once, 3), (twice, 6)):
-        difference = (after[name] - weights[name]).flatten(1).double()
-        assert int(torch.linalg.matrix_rank(difference, rtol=1e-5)) == rank
-
-
 def test_dropout_acts_in_training_only():
-    model, x = adapted({"shared": Spec(4, dropout=0.5)}, w0="zero"), images()
+    model, x = adapted({"shared": Spec(4, dropout=0.5)}), images()
     assert model.eval()(x).equal(model(x))
     model.train()
     assert not model(x).equal(model(x))
 
 
-def test_nested_factors_start_from_the_received_ones_and_cost_what_they_say():
+def test_nested_factors_cost_what_they_say_and_add_to_a_frozen_one():
     """r_k (m + r) for up, r_k (r + n) for down."""
-    pair = Pair(m=40, n=90, spec=Spec(16, budget=4))
-    with torch.no_grad():
-        for side in (pair.up, pair.down):
-            side.weight.normal_(generator=seeded())
-    nest(pair, seeded(1))
-    assert pair.up.matrix().equal(pair.up.weight) and pair.up.outer.abs().max() > 0
+    pair = Pair(m=40, n=90, spec=Spec(16, nested=4))
     assert sum(p.numel() for p in pair.parameters()) == 4 * (40 + 16) + 4 * (16 + 90)
-    pair.up.inner.data.normal_(generator=seeded(2))
+    for tensor in (*pair.parameters(), *pair.buffers()):
+        nn.init.normal_(tensor)
     torch.testing.assert_close(pair.up.matrix(), pair.up.weight + pair.up.outer @ pair.up.inner)
+    torch.testing.assert_close(pair.down.matrix(), pair.down.weight + pair.down.outer @ pair.down.inner)
 
 
-def test_a_thin_factor_is_sent_as_it_is():
-    """Budget 8 on a 12 x 16 factor takes 8 (12 + 16) = 224 numbers, more than its 192; on 40 x 16, 448 of 640."""
-    assert not isinstance(factor(12, 16, 8), NestedFactor)
-    assert isinstance(factor(40, 16, 8), NestedFactor)
-    assert not isinstance(factor(40, 16, None), NestedFactor)
+# --- between a rule's products and a network's weights
 
 
-def test_the_server_rebuilds_the_factors_that_a_nested_client_computed_with():
-    model = trained(adapted({"shared": Spec(6, 6.0, budget=1)}))
-    sent = {n: t.clone() for n, t in model.state_dict().items()}
-    returned = {n: p.detach() for n, p in model.named_parameters()}
-    whole = reconstruct(sent, returned)
-    layer = model.stages[2][1].conv2.shared
-    assert isinstance(layer.up, NestedFactor)
-    assert whole["stages.2.1.conv2.shared.up.weight"].equal(layer.up.matrix())
-    assert whole["stem.conv.weight"].equal(model.stem.conv.weight)
-    assert not any(n.endswith((".outer", ".inner")) for n in whole)
-    direct = adapted({"shared": Spec(6, 6.0)})
-    direct.load_state_dict({**sent, **whole}, strict=False)
-    x = images()
-    torch.testing.assert_close(direct(x), model(x), rtol=1e-3, atol=1e-4)
+def network(w0="keep", name="resnet18"):
+    make = Network(name, widths=PICO if name == "resnet18" else None).maker("plain", 10, 8)
+    model = Model(drawn(make(), seeded()), anatomy=make().anatomy(), make=make)
+    return freeze(model, w0, 6.0, Round(0, seed=1))
+
+
+def test_a_frozen_network_starts_where_it_is_told():
+    """Every convolution but the stem has a start, each another one; `zero` empties them and touches nothing else."""
+    kept, zero = network("keep"), network("zero")
+    assert len(kept.frozen) == 19 and kept.frozen.keys() == zero.frozen.keys()
+    for name, W in kept.weights.items():
+        assert torch.equal(zero.weights[name], torch.zeros_like(W) if name in zero.frozen else W)
+    adapters = zero.adapters(2)
+    assert list(adapters) == list(zero.weights)
+    assert {n for n, value in adapters.items() if isinstance(value, LowRank)} == set(zero.frozen)
+    alike = [adapters[f"stages.3.1.conv{i}.weight"].A for i in (1, 2)]
+    assert alike[0].shape == alike[1].shape and not torch.equal(*alike)
+    with pytest.raises(FedError, match="no convolution after its stem"):
+        network(name="transformer")
+
+
+def product(shape, r, key):
+    generator = seeded(key)
+    return LowRank(torch.randn(shape[0], r, generator=generator), torch.randn(r, shape[1], generator=generator) / 9)
+
+
+def updates(model, r=3):
+    """A product for every frozen convolution, and for one of them a matrix."""
+    found = {name: product(start(1).shape, r, i) for i, (name, start) in enumerate(model.frozen.items())}
+    last = list(found)[-1]
+    return {**found, last: found[last].dense()}
+
+
+def test_what_lies_beside_a_convolution_is_what_is_added_to_it():
+    """The products as pairs compute what the ordinary network computes that has them in its weights."""
+    model, x = network(), images()
+    products = {name: M for name, M in updates(model).items() if isinstance(M, LowRank)}
+    whole = {name: W for name, W in model.weights.items() if name not in model.frozen}
+    beside = plain(model, whole) | unfolded(products, alpha=5.0)
+    ours = fitted(model.make(), beside, {"shared": 5.0}, frozen=model.frozen).eval()
+    theirs = fitted(model.make(), plain(model, whole | products)).eval()
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-3, atol=1e-4)
+    held = ours.state_dict()
+    for name, M in folded(held, products, 5.0).items():
+        torch.testing.assert_close((M.B, M.A), (products[name].B, products[name].A))
+    assert not {"stages.0.0.conv1.weight"} & {name for name, _ in ours.named_parameters()}
+
+
+def test_an_ordinary_network_has_matrices_and_products_in_its_weights():
+    model = network()
+    given = updates(model)
+    whole = plain(model, given)
+    assert whole.keys() == model.frozen.keys()
+    for name, more in given.items():
+        matrix = more.dense() if isinstance(more, LowRank) else more
+        torch.testing.assert_close(whole[name], model.weights[name] + matrix.reshape(model.weights[name].shape))
+    untouched = plain(model, {"stem.conv.weight": model.weights["stem.conv.weight"]})
+    assert all(untouched[name].equal(W) for name, W in model.weights.items() if name in untouched)
+    assert untouched.keys() == {*model.frozen, "stem.conv.weight"}
+
+
+def test_nested_products_are_factors_with_what_is_added_to_them():
+    """(B + B_d B_u)(A + A_d A_u), whatever alpha: LoRA's scale is in B and in B_d."""
+    model, x = network(), images()
+    products = {name: product(start(1).shape, 4, i) for i, (name, start) in enumerate(model.frozen.items())}
+    nested = {f"B/{name}": product((M.shape[0], 4), 2, 1) for name, M in products.items()}
+    nested |= {f"A/{name}": product((4, M.shape[1]), 2, 2) for name, M in products.items()}
+    summed = {
+        name: LowRank(M.B + nested[f"B/{name}"].dense(), M.A + nested[f"A/{name}"].dense())
+        for name, M in products.items()
+    }
+    whole = plain(model, {name: W for name, W in model.weights.items() if name not in model.frozen})
+    weights = whole | unfolded(products, 7.0) | unfolded(nested, 7.0)
+    ours = fitted(model.make(), weights, {"shared": 7.0}, frozen=model.frozen).eval()
+    theirs = fitted(model.make(), whole | unfolded(summed, 7.0), {"shared": 7.0}).eval()
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-3, atol=1e-4)
+    for key, M in folded(ours.state_dict(), nested, 7.0).items():
+        torch.testing.assert_close((M.B, M.A), (nested[key].B, nested[key].A))
+    trains = {name for name, _ in ours.named_parameters() if "shared" in name}
+    assert trains == {n for key in nested for n in unfolded({key: nested[key]}, 7.0)}
 
 
 def test_only_convolutions_are_adapted():

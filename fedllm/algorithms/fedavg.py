@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors, names_of
-from fedllm.mean import mean
+from fedllm.mean import mean_values
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,7 @@ class FedAvg(Algorithm):
         """The mean of every name that came back."""
         p = self.shares(state, replies)
         weights = [p[reply.client.id] for reply in replies]
-        after = {}
-        for name in names_of(replies):
-            tensors = [reply.returned[name] for reply in replies]
-            after[name] = mean(tensors, weights) if tensors[0].is_floating_point() else tensors[0]
-        return after
+        return {name: mean_values([reply.returned[name] for reply in replies], weights) for name in names_of(replies)}
 
     def shares(self, state: Tensors, replies: Sequence[Reply]) -> dict[str, float]:
         if self.weighting == "uniform":

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors, names_of
 from fedllm.lowrank import LowRank, fill
-from fedllm.mean import mean_factors
+from fedllm.mean import mean_values
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,21 @@ class FedIT(Algorithm):
             )
 
     def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
-        return {name: model.update.get(name, LowRank.zeros(*W.shape)) for name, W in model.weights.items()}
+        start = model.adapters(max(client.rank for client in clients))
+        return {name: model.update.get(name, value) for name, value in start.items()}
 
     def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
-        return {name: fill(W, client.rank, rnd.rng("fresh", name)) for name, W in state.items()}
+        return started(state, client.rank, rnd)
 
     def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
         p = self.shares(state, replies)
         weights = [p[reply.client.id] for reply in replies]
-        return {name: mean_factors([reply.returned[name] for reply in replies], weights) for name in names_of(replies)}
+        return {name: mean_values([reply.returned[name] for reply in replies], weights) for name in names_of(replies)}
+
+
+def started(adapters: Tensors, r: int, rnd: Round) -> dict[str, Any]:
+    """What a round's clients start from: products of rank ``r``, with fresh directions where they have none."""
+    return {
+        name: fill(value, r, rnd.rng("fresh", name)) if isinstance(value, LowRank) else value
+        for name, value in adapters.items()
+    }

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from fedllm.algorithms.fedit import FedIT
+from fedllm.algorithms.fedit import FedIT, started
 from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors, under, within
-from fedllm.lowrank import LowRank, cheapest, fill, plus
-from fedllm.mean import mean, mean_factors
+from fedllm.lowrank import LowRank, cheapest, plus
+from fedllm.mean import mean_values
 
 
 @dataclass(frozen=True)
 class FedLoRAAvg(FedIT):
     """FedLoRA as the FedLoRU paper compares with it: one adapter for the whole run, its factors averaged."""
+
+    network: ClassVar[str] = "plain"
+    low_rank: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class FedLoRU(Algorithm):
 
     State: ``adapter/name``; ``W/name``, a stack of increments until dense is smaller, then beside ``last/name``, the
     newest; ``held/client``, the accumulations that it has; and ``r``, the adapters' rank. A ``Tensor`` among the
-    adapters (a norm's weights, say) is averaged and never accumulated.
+    adapters (a network's stem, norms and classes) is trained as it is, averaged and never accumulated.
 
     Args:
         tau: rounds between accumulations (section 4.2: 15 for the language model).
@@ -46,6 +49,9 @@ class FedLoRU(Algorithm):
 
     tau: int = 15
     reset: Literal["random", "momentum"] = "random"
+
+    network: ClassVar[str] = "plain"
+    low_rank: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.tau < 1:
@@ -60,15 +66,24 @@ class FedLoRU(Algorithm):
             )
 
     def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
-        state: dict[str, Any] = {"r": torch.tensor(max(client.rank for client in clients))}
-        for name, weight in model.weights.items():
-            state[f"adapter/{name}"] = LowRank.zeros(*weight.shape)
-            state[f"W/{name}"] = model.update.get(name, LowRank.zeros(*weight.shape))
+        r = self.adapter_rank(clients)
+        state: dict[str, Any] = {"r": torch.tensor(r)}
+        for name, start in model.adapters(r).items():
+            if isinstance(start, LowRank):
+                state[f"adapter/{name}"] = start
+                state[f"W/{name}"] = model.update.get(name, LowRank.zeros(*start.shape))
+            else:
+                state[f"adapter/{name}"] = model.update.get(name, start)
         return state
+
+    def adapter_rank(self, clients: Sequence[Client]) -> int:
+        """r."""
+        return max(client.rank for client in clients)
 
     def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
         state = self.accumulated(state, rnd)
-        return under("adapter", started(state, rnd)) | self._lacking(state, client, rnd)
+        adapters = started(within("adapter", state), int(state["r"]), rnd)
+        return under("adapter", adapters) | self._lacking(state, client, rnd)
 
     def local(
         self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
@@ -85,9 +100,7 @@ class FedLoRU(Algorithm):
         updates = [self.trained(reply) for reply in replies]
         after = dict(self.accumulated(state, rnd))
         for name in within("adapter", state):
-            terms = [update[name] for update in updates]
-            average = mean_factors if isinstance(terms[0], LowRank) else mean
-            after[f"adapter/{name}"] = average(terms, weights)
+            after[f"adapter/{name}"] = mean_values([update[name] for update in updates], weights)
         held = torch.tensor(self.accumulations(rnd))
         return after | {f"held/{reply.client.id}": held.clone() for reply in replies}
 
@@ -164,14 +177,6 @@ class FedLoRU(Algorithm):
     def memory(self, W: Tensors, rnd: Round) -> dict[str, Any]:
         """What a client keeps of W."""
         return {"held": torch.tensor(self.accumulations(rnd)), **under("W", W)}
-
-
-def started(state: Tensors, rnd: Round) -> dict[str, Any]:
-    """The adapters that a round's clients start from: those of the state, with fresh directions where it has none."""
-    return {
-        name: fill(update, int(state["r"]), rnd.rng("fresh", name)) if isinstance(update, LowRank) else update
-        for name, update in within("adapter", state).items()
-    }
 
 
 def added(W: Tensors, adapters: Tensors) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedllm.algorithms.fedloru import FedLoRU
-from fedllm.core import Client, FedError, Model, Reply, Round, Tensors, under, within
+from fedllm.core import Client, FedError, Reply, Round, Tensors, under, within
 from fedllm.lowrank import LowRank
 
 
@@ -37,9 +37,8 @@ class MFedLoRU(FedLoRU):
         if self.rank is not None and self.rank < largest:
             raise FedError(f"rank={self.rank} is below a client's, {largest}: raise it, or lower clients.rank.")
 
-    def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
-        r = self.rank or max(client.rank for client in clients)
-        return {**super().init(model, clients), "r": torch.tensor(r)}
+    def adapter_rank(self, clients: Sequence[Client]) -> int:
+        return self.rank or super().adapter_rank(clients)
 
     def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
         return {**super().download(state, client, rnd), "rank": torch.tensor(min(client.rank, int(state["r"])))}
@@ -48,41 +47,52 @@ class MFedLoRU(FedLoRU):
         self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
     ) -> tuple[Tensors, Tensors, dict[str, float]]:
         adapters, r_i = within("adapter", sent), int(sent["rank"])
-        if all(update.rank == r_i for update in adapters.values()):
+        if all(update.rank == r_i for update in products(adapters).values()):
             returned, memory, metrics = super().local(worker, sent, memory, rnd)
             return _factors(returned), memory, metrics
         W = self.remembered(sent, memory, rnd)
         starts = {
             name: LowRank(self.a * _uniform(factor.shape[0], r_i, rnd.rng("nested", name)), zeros(r_i, factor.shape[1]))
-            for name, factor in _factors(adapters).items()
+            for name, factor in _factors(products(adapters)).items()
         }
-        nested, _, metrics = worker.train(adapters, {}, rnd, frozen=W, nested=starts)
+        trained, _, metrics = worker.train(adapters, {}, rnd, frozen=W, nested=starts)
         returned = {
-            name: nested[name] if _is_lean(factor, r_i) else factor + nested[name].dense()
+            name: trained[name] if name not in starts or _is_lean(factor, r_i) else factor + trained[name].dense()
             for name, factor in _factors(adapters).items()
         }
         return returned, self.memory(W, rnd), metrics
 
     def expected(self, reply: Reply) -> Tensors:
-        r_i = int(reply.sent["rank"])
-        return {
-            name: LowRank(zeros(factor.shape[0], r_i), zeros(r_i, factor.shape[1])) if _is_lean(factor, r_i) else factor
-            for name, factor in _factors(within("adapter", reply.sent)).items()
+        adapters, r_i = within("adapter", reply.sent), int(reply.sent["rank"])
+        lean = {
+            name: LowRank(zeros(factor.shape[0], r_i), zeros(r_i, factor.shape[1]))
+            for name, factor in _factors(products(adapters)).items()
+            if _is_lean(factor, r_i)
         }
+        return _factors(adapters) | lean
 
     def trained(self, reply: Reply) -> Tensors:
-        whole = {
-            name: factor + reply.returned[name].dense()
-            if isinstance(reply.returned[name], LowRank)
-            else reply.returned[name]
-            for name, factor in _factors(within("adapter", reply.sent)).items()
-        }
-        return {name: LowRank(B, whole[f"A/{name}"]) for name, B in within("B", whole).items()}
+        adapters = within("adapter", reply.sent)
+        whole = {name: _rebuilt(factor, reply.returned[name]) for name, factor in _factors(adapters).items()}
+        rebuilt = {name: LowRank(whole[f"B/{name}"], whole[f"A/{name}"]) for name in products(adapters)}
+        return {name: rebuilt[name] if name in rebuilt else whole[name] for name in adapters}
+
+
+def products(adapters: Tensors) -> dict[str, LowRank]:
+    """Those that are products; what else a network trains has no factors."""
+    return {name: M for name, M in adapters.items() if isinstance(M, LowRank)}
 
 
 def _factors(adapters: Tensors) -> dict[str, Any]:
-    """``B/name`` and ``A/name`` of every product."""
-    return under("B", {n: M.B for n, M in adapters.items()}) | under("A", {n: M.A for n, M in adapters.items()})
+    """``B/name`` and ``A/name`` of every product, and the rest as it is."""
+    pairs = products(adapters)
+    rest = {name: value for name, value in adapters.items() if name not in pairs}
+    return under("B", {n: M.B for n, M in pairs.items()}) | under("A", {n: M.A for n, M in pairs.items()}) | rest
+
+
+def _rebuilt(factor: Tensor, returned: Tensor | LowRank) -> Tensor:
+    """The factor with what its two factors add to it, or as it came."""
+    return factor + returned.dense() if isinstance(returned, LowRank) else returned
 
 
 def _is_lean(factor: Tensor, r_i: int) -> bool:

@@ -56,7 +56,7 @@ class Standalone(Algorithm):
         return within("own", memory)
 
 
-COSTS = ("steps", "seconds", "flops")
+COSTS = ("steps", "tokens", "seconds", "flops")
 """Metrics of a client's training that add up where it trains more than once in a round."""
 
 

@@ -6,17 +6,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fedllm.core import FedError
+from fedllm.core import FedError, Model, Round, Tensors
 from fedllm.lowrank import LowRank
-from fedllm.models.build import replace
+from fedllm.models import build
 from fedllm.submodel import Anatomy
+
+SHARED = "shared"
+"""The pair that stands for a rule's low-rank update of a frozen convolution."""
+
+SIDES = {"B": "up", "A": "down"}
+"""A product's factors, and the modules that hold them."""
 
 
 class Factor(nn.Module):
@@ -31,19 +38,18 @@ class Factor(nn.Module):
 
 
 class NestedFactor(nn.Module):
-    """mFedLoRU: a frozen ``weight (rows, cols)`` plus ``scale * outer (rows, r) @ inner (r, cols)``, which trains."""
+    """mFedLoRU: a frozen ``weight (rows, cols)`` plus ``outer (rows, r) @ inner (r, cols)``, which train."""
 
     weight: Tensor
 
-    def __init__(self, rows: int, cols: int, rank: int, scale: float = 1.0):
+    def __init__(self, rows: int, cols: int, rank: int):
         super().__init__()
         self.register_buffer("weight", torch.empty(rows, cols))
         self.outer = nn.Parameter(torch.empty(rows, rank))
         self.inner = nn.Parameter(torch.empty(rank, cols))
-        self.scale = scale
 
     def matrix(self) -> Tensor:
-        return self.weight + self.scale * self.outer @ self.inner
+        return self.weight + self.outer @ self.inner
 
 
 @dataclass(frozen=True)
@@ -54,13 +60,13 @@ class Spec:
         rank: r.
         alpha: the scale is ``alpha / r`` (FedLoRU's code; its text has alpha alone).
         dropout: between the two factors.
-        budget: mFedLoRU's r_k, the rank of the factors' own updates; None trains the factors themselves.
+        nested: mFedLoRU's r_k, the rank of the factors' own updates; None trains the factors themselves.
     """
 
     rank: int
     alpha: float = 16.0
     dropout: float = 0.0
-    budget: int | None = None
+    nested: int | None = None
 
     @property
     def scale(self) -> float:
@@ -72,17 +78,12 @@ class Pair(nn.Module):
 
     def __init__(self, m: int, n: int, spec: Spec):
         super().__init__()
-        self.up = factor(m, spec.rank, spec.budget)
-        self.down = factor(spec.rank, n, spec.budget)
+        self.up, self.down = (
+            Factor(rows, cols) if spec.nested is None else NestedFactor(rows, cols, spec.nested)
+            for rows, cols in ((m, spec.rank), (spec.rank, n))
+        )
         self.dropout = nn.Dropout(spec.dropout)
         self.scale = spec.scale
-
-
-def factor(rows: int, cols: int, budget: int | None) -> Factor | NestedFactor:
-    """Nested where that takes fewer numbers than the matrix itself: never for thin layers."""
-    if budget is None or budget * (rows + cols) >= rows * cols:
-        return Factor(rows, cols)
-    return NestedFactor(rows, cols, budget)
 
 
 class LowRankConv(nn.Module):
@@ -132,7 +133,7 @@ def adaptable(model: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
 def adapt(
     model: nn.Module, names: Sequence[str], specs: Mapping[str, Spec], base: Literal["frozen", "trained"] = "frozen"
 ) -> nn.Module:
-    """Wraps the convolutions in place, pairs still empty (``start`` fills them); returns the model.
+    """Wraps the convolutions in place, pairs still empty; returns the model.
 
     Args:
         base: ``frozen``, W is a buffer (FedLoRU); ``trained``, W stays a parameter (pFedLoRA).
@@ -143,35 +144,53 @@ def adapt(
             raise FedError(f"only a convolution without groups can be adapted, {name} is {conv}.")
         weight = conv.weight if base == "trained" else conv.weight.detach()
         with torch.device(conv.weight.device):
-            replace(model, name, LowRankConv(conv, weight, specs))
+            build.replace(model, name, LowRankConv(conv, weight, specs))
     return model
 
 
-@torch.no_grad()
-def start(model: nn.Module, generator: torch.Generator, w0: Literal["zero", "keep"] = "zero") -> None:
-    """The adapted layers before round 1.
+def start(
+    W: Tensor, w0: Literal["zero", "keep"], alpha: float, rng: Callable[[], torch.Generator]
+) -> tuple[Tensor, Callable[[int], LowRank]]:
+    """The frozen W that a convolution begins with, and the product of rank r that its update starts from.
 
     Args:
+        W: as the network draws it, ``(c_out, c_in, k, k)``.
         w0: ``zero``, FedLoRU's code: W = 0 and both factors Kaiming uniform, a purely low-rank net at first;
-            ``keep``, its text: W as it is, up = 0, down Kaiming uniform. The two behave completely differently.
+            ``keep``, its text: W as it is and no update. The two behave completely differently.
+        alpha: LoRA's; ``alpha / r`` is folded into the product.
     """
-    for layer in (module for module in model.modules() if isinstance(module, LowRankConv)):
-        if w0 == "zero":
-            layer.weight.zero_()
-        for i, pair in enumerate(layer.pairs()):
-            down, up = pair.down.weight, pair.up.weight
-            down.copy_(kaiming(down.shape, generator))
-            both = w0 == "zero" and i == 0  # a second pair starts from the function of the first
-            up.copy_(kaiming(up.shape, generator) if both else torch.zeros(up.shape))
-            nest(pair, generator)
+    m, n = W.shape[0], W[0].numel()
+
+    def both(r: int) -> LowRank:
+        generator = rng()
+        return LowRank(alpha / r * kaiming((m, r), generator), kaiming((r, n), generator))
+
+    starts: dict[str, tuple[Tensor, Callable[[int], LowRank]]] = {
+        "zero": (torch.zeros_like(W), both),
+        "keep": (W, lambda r: LowRank.zeros(m, n)),
+    }
+    return starts[w0]
 
 
-def nest(pair: nn.Module, generator: torch.Generator) -> None:
-    """mFedLoRU, every round: outer factors random, inner ones zero."""
-    for side in (module for module in pair.modules() if isinstance(module, NestedFactor)):
-        with torch.no_grad():
-            side.outer.copy_(kaiming(side.outer.shape, generator))
-            side.inner.zero_()
+def freeze(model: Model, w0: Literal["zero", "keep"], alpha: float, rnd: Round) -> Model:
+    """The network with every convolution but the stem frozen, for rules on low-rank updates; see ``start``.
+
+    Raises:
+        FedError: it has no such convolution.
+    """
+    assert model.make is not None
+    names = [f"{layer}.weight" for layer in adaptable(model.make(), model.anatomy)]
+    if not names:
+        raise FedError(
+            "this network has no convolution after its stem, and those are what a rule on low-rank updates freezes: "
+            "take model.name=resnet18 or cnn."
+        )
+    starts = {name: start(model.weights[name], w0, alpha, partial(rnd.rng, "product", name)) for name in names}
+    return replace(
+        model,
+        weights={**model.weights, **{name: W for name, (W, _) in starts.items()}},
+        frozen={name: product for name, (_, product) in starts.items()},
+    )
 
 
 def kaiming(shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -187,10 +206,7 @@ def pairs_of(weights: Mapping[str, Tensor], pair: str) -> dict[str, LowRank]:
 
 
 def merge(weights: Mapping[str, Tensor], pair: str, alpha: float) -> dict[str, Tensor]:
-    """``W += (alpha/r) up down`` wherever this pair is (FedLoRU, every tau rounds); the factors are left as they are.
-
-    With the factors kept, the effective weight jumps from W + D to W + 2 D; ``restart`` them to keep the function.
-    """
+    """``W += (alpha/r) up down`` wherever this pair is; the factors are left as they are."""
     after = dict(weights)
     for layer, product in pairs_of(weights, pair).items():
         W = weights[f"{layer}.weight"]
@@ -198,22 +214,48 @@ def merge(weights: Mapping[str, Tensor], pair: str, alpha: float) -> dict[str, T
     return after
 
 
-def restart(weights: Mapping[str, Tensor], pair: str, generator: torch.Generator) -> dict[str, Tensor]:
-    """The pair's ``down`` drawn anew and its ``up`` zero."""
-    after = dict(weights)
-    for layer, product in pairs_of(weights, pair).items():
-        after[f"{layer}.{pair}.up.weight"] = torch.zeros_like(product.B)
-        after[f"{layer}.{pair}.down.weight"] = kaiming(product.A.shape, generator).to(product.A)
-    return after
+def plain(model: Model, update: Tensors) -> dict[str, Any]:
+    """The weights of an ordinary network: ``W + update`` in W's shape wherever W is frozen, the others as they are.
 
-
-def reconstruct(weights: Mapping[str, Tensor], returned: Mapping[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
-    """mFedLoRU's server: ``outer`` and ``inner`` as the factor they update, ``A + a A_d A_u``; the rest as returned."""
-    whole: dict[str, Tensor] = {}
-    for name, tensor in returned.items():
-        layer, _, kind = name.rpartition(".")
-        if kind == "outer":
-            whole[f"{layer}.weight"] = weights[f"{layer}.weight"] + scale * tensor @ returned[f"{layer}.inner"]
-        elif kind != "inner":
-            whole[name] = tensor
+    Args:
+        update: products or matrices ``(m, n)`` of frozen weights, which are all there whether they have one or not.
+    """
+    whole = dict(update)
+    for name in model.frozen or ():
+        W, more = model.weights[name], update.get(name)
+        matrix = more.dense() if isinstance(more, LowRank) else more
+        whole[name] = W if matrix is None else W + matrix.view_as(W)
     return whole
+
+
+def unfolded(products: Mapping[str, LowRank], alpha: float) -> dict[str, Tensor]:
+    """Products as the weights of a network, LoRA's scale taken out of B.
+
+    Args:
+        products: ``LAYER.weight (m, n)``, beside that convolution; or mFedLoRU's ``B/LAYER.weight (m, r)`` and
+            ``A/LAYER.weight (r, n)``, nested in the two factors of such a one.
+    """
+    weights: dict[str, Tensor] = {}
+    for key, M in products.items():
+        B, A, scale = _places(key, M, alpha)
+        weights |= {B: M.B / scale, A: M.A}
+    return weights
+
+
+def folded(weights: Mapping[str, Tensor], products: Mapping[str, LowRank], alpha: float) -> dict[str, LowRank]:
+    """The products in the places of those that were given to ``unfolded``."""
+    found = {}
+    for key, M in products.items():
+        B, A, scale = _places(key, M, alpha)
+        found[key] = LowRank(weights[B] * scale, weights[A])
+    return found
+
+
+def _places(key: str, M: LowRank, alpha: float) -> tuple[str, str, float]:
+    """The names of B and A in a network, and LoRA's scale, which the factor beside the output has."""
+    factor, nested, name = key.rpartition("/")
+    pair = f"{name.removesuffix('.weight')}.{SHARED}"
+    if not nested:
+        return f"{pair}.up.weight", f"{pair}.down.weight", alpha / M.rank
+    side = f"{pair}.{SIDES[factor]}"
+    return f"{side}.outer", f"{side}.inner", alpha / M.shape[1] if factor == "B" else 1.0

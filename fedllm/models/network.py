@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -36,6 +36,8 @@ class Network:
         d: the transformer's embedding size.
         ffn: units between its feed-forward layers.
         depth: its layers.
+        w0: the frozen convolutions of rules on low-rank updates: ``zero``, and both factors of the update drawn
+            (FedLoRU's code), or ``keep``, as the network draws them, and no update at first (its text).
     """
 
     name: str = "resnet18"
@@ -45,6 +47,7 @@ class Network:
     d: int = 128
     ffn: int = 2048
     depth: int = 3
+    w0: Literal["zero", "keep"] = "zero"
 
     def of(self, client: Client) -> Network:
         """The network that this client's weights belong to."""
@@ -96,15 +99,24 @@ NETWORKS: dict[str, dict[str, Callable[..., FedModel]]] = {
 """``model.name`` -> variant -> class."""
 
 
-def fitted(described: FedModel, weights: Mapping[str, Tensor], alphas: Mapping[str, float] | None = None) -> FedModel:
+def fitted(
+    described: FedModel,
+    weights: Mapping[str, Tensor],
+    alphas: Mapping[str, float] | None = None,
+    dropout: float = 0.0,
+    frozen: Collection[str] = (),
+) -> FedModel:
     """The network that ``weights`` belong to: their names and shapes say what was cut away, split or added.
 
     Layers that they lack are gone (depth), axes are as long as theirs (width), ``LAYER.first`` and ``LAYER.second``
-    make a layer factorised, ``LAYER.PAIR.up`` and ``LAYER.PAIR.down`` put a low-rank pair beside it.
+    make a layer factorised, ``LAYER.PAIR.up`` and ``LAYER.PAIR.down`` put a low-rank pair beside it, and their
+    ``.outer`` and ``.inner`` a nested one inside.
 
     Args:
         described: the whole network, on the meta device; it becomes the answer.
         alphas: pair -> LoRA's alpha.
+        dropout: between the factors of a pair.
+        frozen: weights that are buffers where a pair stands beside them: they neither train nor count.
 
     Raises:
         FedError: weights that this network has no place for.
@@ -114,8 +126,9 @@ def fitted(described: FedModel, weights: Mapping[str, Tensor], alphas: Mapping[s
     for pair, alpha in (alphas or {}).items():
         end = f".{pair}.up.weight"
         for layer in [name.removesuffix(end) for name in weights if name.endswith(end)]:
-            spec = Spec(weights[layer + end].shape[1], alpha)
-            adapt(described, [layer], {pair: spec}, base="trained")
+            outer = weights.get(f"{layer}.{pair}.up.outer")
+            spec = Spec(weights[layer + end].shape[1], alpha, dropout, None if outer is None else outer.shape[1])
+            adapt(described, [layer], {pair: spec}, base="frozen" if f"{layer}.weight" in frozen else "trained")
     _prune(described, weights)
     for name, tensor in weights.items():
         _place(described, name, tensor)

@@ -16,7 +16,9 @@ from fedllm.accounting import Level, assign, forward_cost, sizes, totals
 from fedllm.algorithms import PRIVATE
 from fedllm.algorithms.fedavg import FedAvg
 from fedllm.core import Algorithm, Client, FedError, Model, Round, Tensors, Unreachable
+from fedllm.lowrank import LowRank
 from fedllm.models.build import drawn
+from fedllm.models.lowrank_conv import SHARED, freeze, plain, unfolded
 from fedllm.models.network import Make, fitted
 from fedllm.partition import IID, Dirichlet, Partition, capped, describe, dirichlet_shares
 from fedllm.rounds import sample
@@ -36,16 +38,28 @@ class Echo:
     labels: Tensor
     shared: Model
     shape: tuple[int, ...]
+    alpha: float
     trained: dict[str, Tensor] = field(default_factory=dict)
-    alphas: Mapping[str, float] | None = None
+    alphas: Mapping[str, float] = field(default_factory=dict)
 
     def train(
-        self, sent: Tensors, memory: Tensors, rnd: Round, frozen: Tensors | None = None, **options: Any
+        self,
+        sent: Tensors,
+        memory: Tensors,
+        rnd: Round,
+        frozen: Tensors | None = None,
+        nested: Tensors | None = None,
+        part: tuple[float, float] = (0.0, 1.0),
+        **options: Any,
     ) -> tuple[Tensors, Tensors, dict[str, float]]:
+        products = {name: value for name, value in sent.items() if isinstance(value, LowRank)}
+        whole = {name: value for name, value in sent.items() if name not in products}
+        others = {name: value for name, value in (frozen or {}).items() if name not in (self.model.frozen or {})}
         beside = options.get("network") is not None  # the papers count a client's own network, which it uses
-        self.trained = dict(self.model.weights) if beside else {**(frozen or {}), **sent}
-        self.alphas = options.get("alphas")
-        return sent, memory, {}
+        self.trained = dict(self.model.weights) if beside else plain(self.model, {**others, **whole})
+        self.trained |= unfolded(products, self.alpha) | unfolded(nested or {}, self.alpha)
+        self.alphas = {SHARED: self.alpha, **(options.get("alphas") or {})}
+        return {**whole, **(nested or products)}, memory, {}
 
     def outputs(
         self, weights: Tensors, forward: Callable[[Any, Tensor], Tensor] = output
@@ -107,16 +121,19 @@ class ArrayFederation:
 
     def _model(self, make: Make) -> Model:
         """The network with its first values; a plan does without them."""
-        net = make()
-        draw = lambda described: drawn(described, Round(0, self.recipe.run.seed).rng("initial"))  # noqa: E731
+        net, first = make(), Round(0, self.recipe.run.seed)
+        draw = lambda described: drawn(described, first.rng("initial"))  # noqa: E731
         values = dict(net.state_dict()) if self.recipe.run.plan else draw(net)
-        return Model(values, anatomy=net.anatomy(), make=make, draw=draw, classes=self.task.classes)
+        model = Model(values, anatomy=net.anatomy(), make=make, draw=draw, classes=self.task.classes)
+        if self.recipe.algorithm.low_rank:
+            return freeze(model, self.recipe.model.w0, self.settings.alpha, first)
+        return model
 
     @property
     def alone(self) -> Algorithm:
-        """How a client trains without the others: the plain network, or its rule's own variant by that rule."""
+        """How a client trains without the others: the plain network, or what its rule trains by that rule."""
         rule: Algorithm = self.recipe.algorithm
-        return FedAvg() if rule.network == FedAvg.network else rule
+        return rule if rule.low_rank or rule.network != FedAvg.network else FedAvg()
 
     @property
     def notes(self) -> list[str]:
@@ -176,7 +193,7 @@ class ArrayFederation:
                 for client in sample(
                     self.clients, recipe.clients.participation, Round(index, recipe.run.seed, rounds=rounds)
                 ):
-                    drawn_levels[(client.level or "all") + suffix] += 1
+                    drawn_levels[level_of(client) + suffix] += 1
             part = totals(counted.values(), drawn_levels)
             run = (
                 part
@@ -226,6 +243,13 @@ class ArrayFederation:
                 f"model.own={list(own)} gives clients networks that differ: take no clients.levels, and one of the "
                 f"rules that leave a network with its client: {', '.join(PRIVATE)}."
             )
+        if self.recipe.algorithm.low_rank:
+            if clients.levels:
+                raise FedError(
+                    f"clients.levels={list(clients.levels)}: with algorithm.name={self.recipe.algorithm_name} clients "
+                    "differ by their rank alone. Set clients.rank."
+                )
+            return [Client(f"c{i}", 0, rank) for i, rank in enumerate(clients.ranks())]
         n = clients.count or max(1, len(clients.levels))
         if own:
             return [Client(f"c{i}", 0, level=own[i % len(own)]) for i in range(n)]
@@ -258,27 +282,28 @@ class ArrayFederation:
         rows = self.parts[client.id]
         labels = self._labels_of(client)
         own = self.own.get(client.level, self.model)
-        seat = Echo(own, client, self.settings.steps_for(len(rows)), labels, self.model, self.task.shape)
+        steps = self.settings.steps_for(len(rows))
+        seat = Echo(own, client, steps, labels, self.model, self.task.shape, self.settings.alpha)
         sent = ledger.canonical(self.recipe.algorithm.download(state, client, rnd))
         returned, _, _ = self.recipe.algorithm.local(seat, sent, {}, rnd)
         return sent, returned, seat
 
     def _levels(self, state: Tensors, first: int, suffix: str) -> Iterator[Level]:
         rnd = Round(first, self.recipe.run.seed, rounds=self.recipe.run.rounds)
-        for level, client in {client.level: client for client in self.clients}.items():
+        for level, client in {level_of(client): client for client in self.clients}.items():
             sent, returned, seat = self._visit(state, client, rnd)
             assert seat.model.make is not None
-            net: nn.Module = fitted(seat.model.make(), seat.trained, seat.alphas)
+            net: nn.Module = fitted(seat.model.make(), seat.trained, seat.alphas, frozen=seat.model.frozen or ())
             cost = forward_cost(net, self.task.shape, self.task.dtype).total
             params = sum(p.numel() for p in net.parameters())
-            yield Level((level or "all") + suffix, params, cost, sizes(sent), sizes(returned))
+            yield Level(level + suffix, params, cost, sizes(sent), sizes(returned))
 
     def _clients(self, state: Tensors) -> Iterator[dict[str, Any]]:
         """Bytes are those of round 1, exact; the same for all clients of a level with as many classes."""
         rnd = Round(1, self.recipe.run.seed, rounds=self.recipe.run.rounds)
         bytes_of: dict[tuple[str, int], tuple[int, int]] = {}
         for client in self.clients:
-            alike = client.level, len(self._labels_of(client))
+            alike = level_of(client), len(self._labels_of(client))
             if alike not in bytes_of:
                 sent, returned, _ = self._visit(state, client, rnd)
                 bytes_of[alike] = ledger.size(sent), ledger.size(returned)
@@ -287,12 +312,17 @@ class ArrayFederation:
             steps = self.settings.steps_for(rows)
             yield {
                 "id": client.id,
-                "level": client.level or "all",
+                "level": level_of(client),
                 "rows": rows,
                 "steps": steps,
                 "bytes_down": down,
                 "bytes_up": up,
             }
+
+
+def level_of(client: Client) -> str:
+    """What clients that do and send the same have in common."""
+    return client.level or (f"rank {client.rank}" if client.rank else "all")
 
 
 def like_train(

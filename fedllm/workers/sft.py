@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from fedllm import adapters, ledger
-from fedllm.core import Client, FedError, Round, Tensors, within
+from fedllm.core import Client, FedError, Model, Round, Tensors, within
 from fedllm.lowrank import LowRank, as_lowrank
 from fedllm.models.language import LanguageModel
 from fedllm.rows import Encoded
@@ -99,7 +99,7 @@ class SFT:
 
         return TextFederation(recipe)
 
-    def export(self, place: Path, update: Tensors, recipe: Any) -> None:
+    def export(self, place: Path, update: Tensors, recipe: Any, model: Model) -> None:
         """Writes a PEFT folder; what clients share that is no adapter, as it is."""
         if shared := within("shared", update):
             place.mkdir(parents=True, exist_ok=True)
@@ -202,7 +202,8 @@ class Seat:
             frozen: a further update per target module that is added to the base and not trained.
             nested: train these products instead, ``B/name (d_out, r)`` and ``A/name (r, d_in)``, each added to that
                 factor of ``adapter``, which stays as it is. LoRA's scale is folded into the first factor of B's.
-            part: from which to which part of the round's steps this is: (0, 0.4) are the first two of five.
+            part: from which to which part of the round's steps this is: (0, 0.4) are the first two of five; one step at
+                least where it has any width.
             factors: which of the adapter's train; the other comes back as it was sent.
             loss: of the logits and tokens of a batch's completions, instead of TRL's cross-entropy.
 
@@ -210,7 +211,13 @@ class Seat:
             The trained products (those of ``nested`` where given), the memory to keep, and ``train_loss`` (nats a
             token, mean over steps), ``steps``, ``tokens``, ``seconds``.
         """
+        if part[0] == part[1]:
+            return dict(adapter), dict(memory), {}
         return self.worker.train(self.client, adapter, memory, rnd, frozen or {}, nested or {}, part, factors, loss)
+
+    def score(self, update: Tensors) -> dict[str, float]:
+        """Nothing: held-out rows are the server's, and ``eval.clients`` scores clients' own models on them."""
+        return {}
 
 
 class SFTWorker:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -24,7 +25,9 @@ from torch import Tensor, nn
 from fedllm import folder, ledger
 from fedllm.accounting import Meter
 from fedllm.core import Client, FedError, Model, Round, Tensors
+from fedllm.lowrank import LowRank
 from fedllm.models.build import with_running_statistics
+from fedllm.models.lowrank_conv import SHARED, folded, plain, unfolded
 from fedllm.models.network import Network, fitted, load, scaled
 from fedllm.tasks.arrays import Arrays, Examples, cross_entropy
 
@@ -58,6 +61,8 @@ class Vision:
         statistics: of the norms at a test: the ``batch``'s own, or ``static`` ones gathered before from training
             batches with the weights to be tested (HeteroFL's sBN).
         score: test accuracy over ``pooled`` examples, the mean over the ``clients``' own test examples, or ``both``.
+        alpha: LoRA's, of rules on low-rank updates of convolutions: an update is scaled by alpha / r.
+        dropout: between the factors of an update, in training.
     """
 
     epochs: float = 1.0
@@ -71,6 +76,8 @@ class Vision:
     test_batch_size: int = 100
     statistics: Literal["batch", "static"] = "batch"
     score: Literal["pooled", "clients", "both"] = "pooled"
+    alpha: float = 16.0
+    dropout: float = 0.0
 
     model_section: ClassVar[type] = Network
     task_kind: ClassVar[type] = Arrays
@@ -83,6 +90,10 @@ class Vision:
                 raise FedError(f"worker.{name}={getattr(self, name)}: at least 1.")
         if self.epochs <= 0:
             raise FedError(f"worker.epochs={self.epochs}: more than 0.")
+        if self.alpha <= 0:
+            raise FedError(f"worker.alpha={self.alpha}: more than 0.")
+        if not 0 <= self.dropout < 1:
+            raise FedError(f"worker.dropout={self.dropout} is not in [0, 1).")
 
     def federation(self, recipe: Any) -> Any:
         """Examples, clients and plan of a recipe whose worker this is."""
@@ -90,10 +101,10 @@ class Vision:
 
         return ArrayFederation(recipe)
 
-    def export(self, place: Path, update: Tensors, recipe: Any) -> None:
+    def export(self, place: Path, update: Tensors, recipe: Any, model: Model) -> None:
         """Writes the weights and, as JSON, what ``fedllm.models.network`` needs to build their network."""
         place.mkdir(parents=True, exist_ok=True)
-        save_file(ledger.flatten(update), place / "model.safetensors")
+        save_file(ledger.flatten(plain(model, update)), place / "model.safetensors")
         task = recipe.data.task
         described = {
             "model": dataclasses.asdict(recipe.model),
@@ -149,6 +160,8 @@ class Seat:
         memory: Tensors,
         rnd: Round,
         frozen: Tensors | None = None,
+        nested: Tensors | None = None,
+        part: tuple[float, float] = (0.0, 1.0),
         *,
         loss: Loss = cross_entropy,
         penalty: Callable[[nn.Module], Tensor] | None = None,
@@ -157,13 +170,17 @@ class Seat:
         alphas: Mapping[str, float] | None = None,
         network: Callable[[], Any] | None = None,
         forward: Callable[[Any, Tensor], Any] = output,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
+    ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float]]:
         """Trains ``sent`` on this client's examples.
 
         Args:
-            sent: the weights that train, by name; integer buffers among them come back as they end.
+            sent: the weights that train, by name; integer buffers among them come back as they end. Products train
+                beside the frozen convolutions of their names, LoRA's scale folded into B.
             memory: not used; it is returned.
-            frozen: further weights of the network, which do not train.
+            frozen: further weights of the network, which do not train; of frozen convolutions, updates of them.
+            nested: train these products instead, ``B/name (m, r)`` and ``A/name (r, n)``, each added to that factor of
+                the product ``name``, which stays as it is. LoRA's scale is folded into the first factor of B's.
+            part: from which to which part of the round's steps this is, one step at least where it has any width.
             loss: of the network's output and the targets.
             penalty: a term added to it, of the network.
             phases: one after the other, their shares sum to 1; momentum goes on from one to the next.
@@ -173,31 +190,43 @@ class Seat:
             forward: what the loss is of, from the network and a batch of inputs.
 
         Returns:
-            The trained weights under the names of ``sent``, the memory, and ``train_loss`` (mean over steps),
-            ``steps``, ``flops`` (``fedllm.accounting.Meter``), ``seconds``.
+            The trained weights under the names of ``sent`` (the products of ``nested`` in place of its own, where
+            given), the memory, and ``train_loss`` (mean over steps), ``steps``, ``flops`` (``fedllm.accounting.Meter``),
+            ``seconds``.
         """
+        if part[0] == part[1]:
+            return dict(sent), dict(memory), {}
         started = time.perf_counter()
         worker, settings = self.worker, self.worker.settings
-        net = worker.fitted({**(frozen or {}), **sent}, alphas, network or self.model.make).train()
+        products = {name: value for name, value in sent.items() if isinstance(value, LowRank)}
+        whole = {name: value for name, value in sent.items() if name not in products}
+        pairs, inner = unfolded(products, settings.alpha), unfolded(nested or {}, settings.alpha)
+        trained = whole | (inner or pairs)
+        net = worker.fitted(
+            {**plain(self.model, frozen or {}), **pairs, **trained}, alphas, network or self.model.make
+        ).train()
         scaled(net, scale)
-        params = {name: p for name, p in net.named_parameters() if name in sent}
+        params = {name: p for name, p in net.named_parameters() if name in trained}
         for name, p in net.named_parameters():
-            p.requires_grad_(name in sent)
+            p.requires_grad_(name in trained)
             p.grad = None
         rate = settings.learning_rate_in(rnd.index, worker.rounds)
         optimizer = torch.optim.SGD(params.values(), rate, settings.momentum, weight_decay=settings.weight_decay)
-        turns = _turns(phases, self.steps)
+        first = round(part[0] * self.steps)
+        count = max(1, round(part[1] * self.steps) - first)
+        turns = _turns(phases, count)
         losses = []
         meter = Meter()
-        with _own_randomness(rnd.rng("local", self.client.id).initial_seed(), worker.device):
-            for step, at in enumerate(self._batches(rnd)):
-                if step in turns:
+        draws = ("local", self.client.id) if part[0] == 0.0 else ("local", self.client.id, part[0])
+        with _own_randomness(rnd.rng(*draws).initial_seed(), worker.device):
+            for step, at in islice(enumerate(self._batches(rnd)), first, first + count):
+                if step - first in turns:
                     for name, p in params.items():
-                        p.requires_grad_(turns[step](name))
+                        p.requires_grad_(turns[step - first](name))
                         p.grad = None  # a gradient of zero would still let momentum and decay move a frozen weight
                 x, y = worker.task.train_batch(worker.train_set, at, rnd.rng("augment", self.client.id, step))
                 optimizer.zero_grad(set_to_none=True)
-                with meter.step(len(at), fresh=step in turns):
+                with meter.step(len(at), fresh=step - first in turns):
                     value = loss(forward(net, x.contiguous(memory_format=worker.layout(x))), y)
                     if penalty is not None:
                         value = value + penalty(net)
@@ -208,7 +237,8 @@ class Seat:
                 losses.append(value.detach())
                 worker.on_step(float(losses[-1]) if worker.device.type == "cpu" else None)
         held = net.state_dict()
-        returned = {name: held[name].detach().to("cpu", copy=True).contiguous() for name in sent}
+        ended = {name: held[name].detach().to("cpu", copy=True).contiguous() for name in trained}
+        returned = {name: ended[name] for name in whole} | folded(ended, nested or products, settings.alpha)
         mean = float(torch.stack(losses).mean())
         metrics = {"train_loss": mean, "steps": float(len(losses)), "flops": meter.flops}
         metrics["seconds"] = time.perf_counter() - started
@@ -220,7 +250,11 @@ class Seat:
         alphas: Mapping[str, float] | None = None,
         forward: Callable[[Any, Tensor], Any] = output,
     ) -> dict[str, float]:
-        """The task's scores of ``forward(net, x)`` on this client's own test examples; empty where it has none."""
+        """The task's scores of ``forward(net, x)`` on this client's own test examples, if it has any.
+
+        Args:
+            weights: of the network, or what was learned on top of its frozen ones.
+        """
         at = self.worker.test_parts.get(self.client.id)
         return {} if at is None or not len(at) else self.worker.measure(weights, at, alphas, self.model.make, forward)
 
@@ -249,21 +283,15 @@ class Seat:
             yield forward(net, x.contiguous(memory_format=worker.layout(x))), y
 
     def _batches(self, rnd: Round) -> Iterator[Tensor]:
-        """Indices into the training examples, ``(B,)`` each; the order has a generator of its own."""
+        """Indices into the training examples, ``(B,)`` each, without end; the order has a generator of its own."""
         rows, size, rng = (
             self.worker.parts[self.client.id],
             self.worker.settings.batch_size,
             rnd.rng("order", self.client.id),
         )
-        done = 0
         while True:
             order = rows[torch.randperm(len(rows), generator=rng)]
-            for at in order.split(size):
-                if len(at) > 1 or len(rows) == 1:
-                    yield at
-                    done += 1
-                if done == self.steps:
-                    return
+            yield from (at for at in order.split(size) if len(at) > 1 or len(rows) == 1)
 
 
 def _turns(phases: Sequence[Phase], steps: int) -> dict[int, Callable[[str], bool]]:
@@ -336,9 +364,10 @@ class VisionWorker:
         """
         make = make or self.model.make
         assert make is not None
-        shape = (tuple((n, tuple(t.shape)) for n, t in sorted(weights.items())), tuple(sorted((alphas or {}).items())))
+        alphas = {SHARED: self.settings.alpha, **(alphas or {})}
+        shape = (tuple((n, tuple(t.shape)) for n, t in sorted(weights.items())), tuple(sorted(alphas.items())))
         if shape not in self._nets:
-            net: Any = fitted(make(), weights, alphas).to(self.device)
+            net: Any = fitted(make(), weights, alphas, self.settings.dropout, self.model.frozen or ()).to(self.device)
             self._nets[shape] = net.to(memory_format=torch.channels_last) if len(self.task.shape) == 3 else net
         net = self._nets[shape]
         load(net, weights)
@@ -349,13 +378,14 @@ class VisionWorker:
         return torch.channels_last if x.ndim == 4 else torch.contiguous_format
 
     def evaluate(self, update: Tensors, alphas: Mapping[str, float] | None = None) -> Any:
-        """Scores of the network with these weights; of the one before training where there are none.
+        """Scores of the network with these weights, or this update of frozen ones; without any, of the one before.
 
         Weights that are not a whole network (what personal models share) have no score.
         """
         from fedllm.workers.text import Score
 
-        weights = update or self.model.weights
+        frozen = self.model.frozen or {}
+        weights = update or {name: W for name, W in self.model.weights.items() if name not in frozen}
         if not any(name.startswith(head) for head in self.model.anatomy.heads for name in weights):
             return Score({}, [])
         metrics: dict[str, float] = {}
@@ -378,7 +408,7 @@ class VisionWorker:
         forward: Callable[[Any, Tensor], Any] = output,
     ) -> dict[str, float]:
         """The task's scores on the test examples ``at``, in their order; exits are averaged, and scored alone too."""
-        net = self.fitted(weights, alphas, make)
+        net = self.fitted(plain(self.model, weights), alphas, make)
         if self.settings.statistics == "static":
             net = with_running_statistics(net).train()
             for batch in torch.arange(len(self.train_set)).split(self.settings.test_batch_size):
