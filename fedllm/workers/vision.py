@@ -191,8 +191,8 @@ class Seat:
 
         Returns:
             The trained weights under the names of ``sent`` (the products of ``nested`` in place of its own, where
-            given), the memory, and ``train_loss`` (mean over steps), ``steps``, ``flops`` (``fedllm.accounting.Meter``),
-            ``seconds``.
+            given), the memory, and ``train_loss`` (mean over steps), ``steps``, ``flops``
+            (``fedllm.accounting.Meter``), ``seconds``.
         """
         if part[0] == part[1]:
             return dict(sent), dict(memory), {}
