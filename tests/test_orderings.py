@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fedllm import sweep
+from fedllm import compare, sweep
 from fedllm.algorithms.progfed import ProgFed
 from fedllm.cli import main
-from fedllm.entries import entries_of
 
 FULL, TWO, ONE = "HeteroFL 1, .75, .5", "HeteroFL .75, .5", "HeteroFL .5"
 
@@ -24,7 +23,7 @@ def test_low_rank_networks_against_parts_of_networks(tmp_path: Path) -> None:
     runs = [run for run in page.runs if run.labels["rule"] in wanted and run.recipe.run.seed == 0]
     sweep.folder_of(page)
     assert sweep.execute(page, runs, 1, []) == []
-    entries, _ = entries_of([page.output])
+    entries, _ = compare.entries_of([page.output])
     points = {entry.method: 100 * entry.final["accuracy"] for entry in entries}
     assert points.keys() == wanted
     assert points["FedLMT"] >= max(points[FULL], points[TWO], points[ONE])
@@ -34,7 +33,7 @@ def test_low_rank_networks_against_parts_of_networks(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_progfed_falls_when_it_grows_and_recovers(tmp_path: Path) -> None:
-    """Three fresh heads in the first half of the run: each costs accuracy at once; the last stage ends above all."""
+    """Three fresh heads in the first half of the run: each costs accuracy within two rounds, which comes back."""
     rounds = 48
     keys = [f"run.rounds={rounds}", "run.threads=1", f"run.output={tmp_path / 'run'}", "algorithm.name=progfed",
             "model={name: resnet18, widths: [8, 16, 32, 64]}", "data.sigma=0.7", "data.train_rows=2000",
@@ -44,6 +43,6 @@ def test_progfed_falls_when_it_grows_and_recovers(tmp_path: Path) -> None:
     accuracy = [json.loads(line)["eval"]["accuracy"] for line in lines]
     *grows, last = accumulate(ProgFed().phases(rounds))
     assert last == rounds and len(grows) == 3
-    for end in grows:  # round `end` is the last one of a stage, and accuracy[end] that of the round after it
-        assert accuracy[end] < accuracy[end - 1] - 0.02  # of 1000 images: the standard error is 0.016 at most
+    for end in grows:  # the stage's last round is accuracy[end - 1]; the standard error of 1000 images is 1.6 points
+        assert min(accuracy[end : end + 2]) < accuracy[end - 1] - 0.02
     assert accuracy[-1] > max(accuracy[end - 1] for end in grows)
