@@ -168,6 +168,7 @@ def test_parts_of_a_round_are_its_steps_and_go_on_with_its_batches() -> None:
     seat = worker.of(client)
     whole, first, second = (seat.train(sent, {}, rnd, part=part)[2] for part in ((0.0, 1.0), (0.0, 0.4), (0.4, 1.0)))
     assert (whole["steps"], first["steps"], second["steps"]) == (5, 2, 3)
+    assert whole["flops"] == pytest.approx(first["flops"] + second["flops"]) and first["flops"] > 0
     assert 5 * whole["train_loss"] == pytest.approx(2 * first["train_loss"] + 3 * second["train_loss"], rel=1e-5)
     same, memory, metrics = seat.train(sent, {}, rnd, part=(0.0, 0.0))
     assert bits(same) == bits(sent) and (memory, metrics) == ({}, {})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -14,8 +15,8 @@ from torch.nn.functional import cross_entropy
 from fedllm.core import Client, Model, Round, Tensors
 from fedllm.lowrank import LowRank
 from fedllm.models import language
+from fedllm.workers.scores import Score, device, measured
 from fedllm.workers.sft import Loss, SFTWorker
-from fedllm.workers.text import Score, TextFederation, device, measured
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ class OwnWorker:
     """A base model and a trainer of each kind that clients of this process have, made when the first of them trains.
 
     Args:
-        federation: what is known before a weight is loaded.
+        federation: a ``TextFederation``, what is known before a weight is loaded.
         on_step: called with the loss after every optimizer step.
     """
 
-    def __init__(self, federation: TextFederation, on_step: Callable[[float | None], None]) -> None:
+    def __init__(self, federation: Any, on_step: Callable[[float | None], None]) -> None:
         self.federation, self.on_step = federation, on_step
         self._made: dict[str, SFTWorker] = {}
 

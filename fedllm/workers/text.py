@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from fedllm import ledger
 from fedllm.algorithms import ALGORITHMS
 from fedllm.algorithms.fedit import FedIT
 from fedllm.core import Client, FedError, Model, Round, Tensors, Unreachable
-from fedllm.inference import generate, held_out_loss
 from fedllm.lowrank import LowRank, fill
 from fedllm.models import language
 from fedllm.models.language import LanguageModel
@@ -24,10 +23,9 @@ from fedllm.partition import IID, describe
 from fedllm.recipe import Recipe
 from fedllm.rows import Encoded, encode
 from fedllm.sandbox import require
+from fedllm.workers.own import OwnWorker
+from fedllm.workers.scores import Score, device, measured
 from fedllm.workers.sft import SFT, Seat, SFTWorker, processes, target_shapes
-
-if TYPE_CHECKING:
-    from fedllm.workers.own import OwnWorker
 
 Row = Mapping[str, Any]
 
@@ -59,14 +57,6 @@ class Echo:
 
     def score(self, weights: Tensors) -> dict[str, float]:
         return {}
-
-
-@dataclass(frozen=True)
-class Score:
-    """Metrics of one evaluation, and the raw generations they were computed from."""
-
-    metrics: dict[str, float]
-    generations: list[dict[str, Any]]
 
 
 class TextFederation:
@@ -166,8 +156,6 @@ class TextFederation:
 
     def worker(self, on_step: Callable[[float | None], None]) -> TextWorker | OwnWorker:
         """Loads the model; everything before this is light. Models of the clients' own are loaded as they are used."""
-        from fedllm.workers.own import OwnWorker
-
         if self.recipe.algorithm.any_model:
             return OwnWorker(self, on_step)
         shards = processes() if self.recipe.run.parallel == "fsdp" else 1
@@ -286,30 +274,6 @@ class TextWorker:
         """Held-out loss of the base model plus ``update``, and the task's scores of its generated answers."""
         with self.sft.serving(update) as model:
             return measured(model, self.federation)
-
-
-def measured(model: nn.Module, federation: TextFederation) -> Score:
-    """Held-out loss of a model as it is, and the task's scores of its generated answers."""
-    recipe, task, test = federation.recipe, federation.recipe.data.task, federation.test
-    tokenizer, size = federation.tokenizer, recipe.eval.batch_size
-    metrics = {"loss": held_out_loss(model, federation.encode_test(), tokenizer.pad_token_id, size)}
-    if not recipe.eval.generate:
-        return Score(metrics, [])
-    prompts = [task.prompt(row) for row in test]
-    limit = recipe.eval.max_new_tokens or task.max_new_tokens
-    texts = generate(model, tokenizer, prompts, max_new_tokens=limit, batch_size=size, stop=task.stop)
-    scored = task.score_all(texts, test, recipe.eval.accept_missing)
-    metrics |= task.summary(scored)
-    generations = [
-        {"prompt": prompt, "generated": text, "target": task.target(row), **score}
-        for prompt, text, row, score in zip(prompts, texts, test, scored, strict=True)
-    ]
-    return Score(metrics, generations)
-
-
-def device() -> torch.device:
-    """This process's: its GPU, or the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _fits(recipe: Recipe) -> None:

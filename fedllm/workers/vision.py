@@ -382,7 +382,7 @@ class VisionWorker:
 
         Weights that are not a whole network (what personal models share) have no score.
         """
-        from fedllm.workers.text import Score
+        from fedllm.workers.scores import Score
 
         frozen = self.model.frozen or {}
         weights = update or {name: W for name, W in self.model.weights.items() if name not in frozen}
