@@ -251,6 +251,14 @@ def trade_off(entries: Sequence[Entry], key: str, setting: str, colors: Mapping[
         ax.set_title(f"{plain(key).capitalize()} and {title}")
         groups = {name: [e for e in entries if e.method == name] for name in colors}
         points = {n: (fmean(map(cost, group)), [e.final[key] for e in group]) for n, group in groups.items() if group}
+        free = {name: fmean(y) for name, (x, y) in points.items() if not x}  # a logarithm has no place for 0
+        points = {name: point for name, point in points.items() if name not in free}
+        for name, height in free.items():
+            ax.axhline(height, color=colors[name], lw=1.2, ls=":")
+            where: dict[str, Any] = {"xy": (0.02, height), "xycoords": ax.get_yaxis_transform(), "xytext": (0, 2)}
+            ax.annotate(
+                f"{short(name, 20)}: none", textcoords="offset points", fontsize=8, color=inked(colors[name]), **where
+            )
         for name, (x, y) in points.items():
             ax.plot([x, x], [min(y), max(y)], color=colors[name], lw=1.4)
             ax.plot([x], [fmean(y)], ls="", marker="o", ms=7, color=colors[name], mec="white", mew=0.8)

@@ -290,6 +290,18 @@ def test_a_point_a_rule_at_what_its_score_cost(private):
     assert found[1] == [pytest.approx([3e9, 0.7]), pytest.approx([6e9, 0.35])]
 
 
+def test_a_rule_that_sends_nothing_is_a_line_across(private):
+    """A logarithm has no place for 0 bytes: the line is at its score, 70 %, and the other rule is the one point."""
+    records = [json.loads(line) for line in (private[0] / "rounds.jsonl").read_text().splitlines()]
+    silent = [record | {"bytes_down": 0, "bytes_up": 0} for record in records]
+    (private[0] / "rounds.jsonl").write_text("".join(json.dumps(record) + "\n" for record in silent))
+    entries, _ = entries_of(private)
+    ax, _ = compare_plots.trade_off(entries, "own_accuracy", "", compare_plots.colors_of(entries)).axes
+    assert [line.get_ydata()[0] for line in ax.get_lines() if line.get_linestyle() == ":"] == [pytest.approx(0.7)]
+    assert [line.get_xydata()[0][0] for line in ax.get_lines() if line.get_marker() == "o"] == [300]
+    assert "standalone: none" in [text.get_text() for text in ax.texts]
+
+
 def test_unfinished_runs_are_left_out_and_said(runs, tmp_path):
     a_run(tmp_path / "half", "flora", 0, [1.0], [0.1], rounds=3)
     page = compare.write([*runs, tmp_path / "half"], tmp_path / "out").read_text()

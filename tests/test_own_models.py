@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, kl_div
 
 from fedllm import recipe, train
-from fedllm.algorithms.fd import grouped
-from fedllm.core import Client, FedError, Round
+from fedllm.algorithms.fd import FD, grouped
+from fedllm.algorithms.standalone import Standalone
+from fedllm.core import Algorithm, Client, FedError, Round
 from fedllm.fleets.local import Local
 from fedllm.hub import ready
 from fedllm.ledger import canonical, digest
@@ -135,13 +136,20 @@ def played(rounds: int, *arguments: str) -> Outcome:
     return last
 
 
+def own_adapters(rule: Algorithm, outcome: Outcome) -> dict[str, str]:
+    """The digest of what each client would use, by its id."""
+    return {r.client.id: digest(rule.personal(r, outcome.memories[r.client.id])) for r in outcome.replies}
+
+
 def test_without_the_others_answers_it_is_standalone_to_the_bit() -> None:
     """Two forward passes a step, of unequal length, with dropout; and with the answers it is not."""
     common = ["worker.batch_size=2", "worker.accumulation=2"]
     alone, deaf, hears = (
-        {id: digest(memory) for id, memory in played(2, *rule, *common).memories.items()}
-        for rule in (["algorithm.name=standalone"], ["algorithm.coefficient=0"], [])
-    )
+        own_adapters(rule, played(2, *asked, *common))
+        for rule, asked in (
+            (Standalone(), ["algorithm.name=standalone"]), (FD(), ["algorithm.coefficient=0"]), (FD(), [])
+        )
+    )  # fmt: skip
     assert len(alone) == 4 and deaf == alone
     assert all(hears[id] != alone[id] for id in alone)
 
