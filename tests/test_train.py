@@ -127,7 +127,7 @@ def test_the_other_rules_run(rule, tmp_path):
         (["recipe=smoke", "worker.max_length=8"], "raise it"),
         (["recipe=smoke", "worker.targets=[q_projj]"], "has no linear module"),
         (["recipe=smoke", "model.name=./nothing"], "there is nothing there"),
-        (["recipe=fedit_gsm8k", "clients.rank=high"], "fedit averages factors"),
+        (["recipe=fedit_gsm8k", "clients.rank=high"], "averages factors, so all clients need one rank"),
         (["recipe=smoke", "run.output=taken"], "not a run's"),
     ],
 )

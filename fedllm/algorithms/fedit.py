@@ -19,12 +19,7 @@ class FedIT(Algorithm):
     """
 
     def validate(self, clients: Sequence[Client]) -> None:
-        ranks = sorted({client.rank for client in clients})
-        if len(ranks) > 1:
-            raise FedError(
-                f"fedit averages factors, so all clients need one rank, and these have {ranks}. "
-                "Set clients.rank to one number, or take zero_padding, flexlora, flora or fedhl."
-            )
+        of_one_rank(clients, "zero_padding, flexlora, flora or fedhl")
 
     def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
         start = model.adapters(max(client.rank for client in clients))
@@ -37,6 +32,16 @@ class FedIT(Algorithm):
         p = self.shares(state, replies)
         weights = [p[reply.client.id] for reply in replies]
         return {name: mean_values([reply.returned[name] for reply in replies], weights) for name in names_of(replies)}
+
+
+def of_one_rank(clients: Sequence[Client], others: str) -> None:
+    """Raises FedError where factors of these clients cannot be averaged; ``others`` are the rules that can."""
+    ranks = sorted({client.rank for client in clients})
+    if len(ranks) > 1:
+        raise FedError(
+            f"this rule averages factors, so all clients need one rank, and these have {ranks}. "
+            f"Set clients.rank to one number, or take {others}."
+        )
 
 
 def started(adapters: Tensors, r: int, rnd: Round) -> dict[str, Any]:

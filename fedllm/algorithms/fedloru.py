@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedllm.algorithms.fedit import FedIT, started
+from fedllm.algorithms.fedit import FedIT, of_one_rank, started
 from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors, under, within
 from fedllm.lowrank import LowRank, cheapest, plus
 from fedllm.mean import mean_values
@@ -58,12 +58,7 @@ class FedLoRU(Algorithm):
             raise FedError(f"tau={self.tau}: at least 1 round between two accumulations.")
 
     def validate(self, clients: Sequence[Client]) -> None:
-        ranks = sorted({client.rank for client in clients})
-        if len(ranks) > 1:
-            raise FedError(
-                f"this rule averages factors, so all clients need one rank, and these have {ranks}. "
-                "Set clients.rank to one number, or take mfedloru."
-            )
+        of_one_rank(clients, "mfedloru")
 
     def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
         r = self.adapter_rank(clients)
