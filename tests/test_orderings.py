@@ -1,4 +1,4 @@
-"""What small runs show of the papers' orderings: rules for clients of mixed capacity, and ProgFed's stages."""
+"""What small runs show of the papers' orderings: mixed capacity, networks of their own, ProgFed's stages."""
 
 from __future__ import annotations
 
@@ -8,27 +8,41 @@ from pathlib import Path
 
 import pytest
 
-from fedllm import compare, sweep
+from fedllm import sweep
 from fedllm.algorithms.progfed import ProgFed
 from fedllm.cli import main
+from fedllm.entries import entries_of
 
 FULL, TWO, ONE = "HeteroFL 1, .75, .5", "HeteroFL .75, .5", "HeteroFL .5"
 
 
-@pytest.mark.slow
-def test_low_rank_networks_against_parts_of_networks(tmp_path: Path) -> None:
-    """One seed of the page ``vision_capacities``: FedLMT beside every mix of HeteroFL, and beside FedAvg."""
-    page = sweep.load("vision_capacities", ["run.threads=1"], tmp_path / "runs")
-    wanted = {"FedAvg", "FedLMT", FULL, TWO, ONE}
+def ended(name: str, wanted: set[str], metric: str, folder: Path) -> dict[str, float]:
+    """Points of these rules of a sweep's page after the last round, at seed 0."""
+    page = sweep.load(name, ["run.threads=1"], folder)
     runs = [run for run in page.runs if run.labels["rule"] in wanted and run.recipe.run.seed == 0]
     sweep.folder_of(page)
     assert sweep.execute(page, runs, 1, []) == []
-    entries, _ = compare.entries_of([page.output])
-    points = {entry.method: 100 * entry.final["accuracy"] for entry in entries}
+    points = {entry.method: 100 * entry.final[metric] for entry in entries_of([page.output])[0]}
     assert points.keys() == wanted
+    return points
+
+
+@pytest.mark.slow
+def test_low_rank_networks_against_parts_of_networks(tmp_path: Path) -> None:
+    """FedLMT beside every mix of HeteroFL, and beside FedAvg."""
+    points = ended("vision_capacities", {"FedAvg", "FedLMT", FULL, TWO, ONE}, "accuracy", tmp_path)
     assert points["FedLMT"] >= max(points[FULL], points[TWO], points[ONE])
     assert points[ONE] < points[FULL] - 20
     assert points["FedAvg"] >= points["FedLMT"] - 1
+
+
+@pytest.mark.slow
+def test_clients_own_networks_converge_alike(tmp_path: Path) -> None:
+    """At 120 rounds a shared adapter neither costs nor gains a client much, and mutual learning gains it nothing."""
+    points = ended("private_toy", {"standalone", "fedlora .7", "fedproto", "fml"}, "own_accuracy", tmp_path)
+    assert abs(points["fedlora .7"] - points["standalone"]) <= 3
+    assert points["fml"] <= points["standalone"] + 1
+    assert min(points.values()) > 90
 
 
 @pytest.mark.slow
