@@ -1,4 +1,4 @@
-"""What small runs show of the papers' orderings: mixed capacity, networks of their own, ProgFed's stages."""
+"""What small runs show of the papers' orderings: mixed capacity, networks of their own, many clients, stages."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ FULL, TWO, ONE = "HeteroFL 1, .75, .5", "HeteroFL .75, .5", "HeteroFL .5"
 
 
 def ended(name: str, wanted: set[str], metric: str, folder: Path) -> dict[str, float]:
-    """Points of these rules of a sweep's page after the last round, at seed 0."""
+    """Points of these rules of a sweep's page after the last round, at seed 0; by rule, and setting if it has any."""
     page = sweep.load(name, ["run.threads=1"], folder)
     runs = [run for run in page.runs if run.labels["rule"] in wanted and run.recipe.run.seed == 0]
     sweep.folder_of(page)
     assert sweep.execute(page, runs, 1, []) == []
-    points = {entry.method: 100 * entry.final[metric] for entry in entries_of([page.output])[0]}
-    assert points.keys() == wanted
-    return points
+    entries, _ = entries_of([page.output])
+    assert {entry.method for entry in entries} == wanted
+    return {f"{entry.method} {entry.setting}".strip(): 100 * entry.final[metric] for entry in entries}
 
 
 @pytest.mark.slow
@@ -43,6 +43,14 @@ def test_clients_own_networks_converge_alike(tmp_path: Path) -> None:
     assert abs(points["fedlora .7"] - points["standalone"]) <= 3
     assert points["fml"] <= points["standalone"] + 1
     assert min(points.values()) > 90
+
+
+@pytest.mark.slow
+def test_low_rank_updates_overtake_with_the_number_of_clients(tmp_path: Path) -> None:
+    """The same images with 8 clients and with 200: FedAvg is ahead with few, FedLoRU by far with many."""
+    points = ended("fedloru_many_clients", {"fedloru", "fedavg"}, "accuracy", tmp_path)
+    assert points["fedavg 8"] > points["fedloru 8"]
+    assert points["fedloru 200"] > points["fedavg 200"] + 10
 
 
 @pytest.mark.slow
