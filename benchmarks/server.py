@@ -11,7 +11,7 @@ the other. The cohort is FedHL's, ten clients of the high profile. Timed are agg
 The alternatives: (a) rebuild every client's update densely, sum, one ``torch.linalg.svd``, cut for every rank;
 (b) PEFT's ``add_weighted_adapter(combination_type="svd")`` at the largest rank, cut for the others (round 1 only: from
 round 2 on FedHL's W is no adapter of PEFT's). Both get one SVD for all ten clients; code that runs one for each client
-pays ten.
+pays ten. The server's third part, the round's telemetry, is timed by itself.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch import Tensor
 from fedllm.algorithms.fedhl import FedHL
 from fedllm.core import Client, Model, Reply, Round, Tensors
 from fedllm.lowrank import LowRank
+from fedllm.telemetry import MODULES, measure
 
 RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
 CLIENTS = [Client(f"client{i}", 100, r) for i, r in enumerate(RANKS)]
@@ -192,7 +193,10 @@ def rates(size: int) -> tuple[float, float]:
 
 @dataclass
 class Result:
-    """One line of the table. ``seconds`` are of all modules; ``measured`` of them were run, the rest is arithmetic."""
+    """One line of the table. ``seconds`` are of all modules; ``measured`` of them were run, the rest is arithmetic.
+
+    ``telemetry_seconds`` come on top: the round's telemetry, which looks at ``MODULES`` modules at most.
+    """
 
     round: int
     who: str
@@ -203,6 +207,7 @@ class Result:
     error: float
     floor_seconds: float | None = None
     ratio: float | None = None
+    telemetry_seconds: float | None = None
     note: str = ""
 
     def line(self) -> str:
@@ -246,7 +251,7 @@ def beginning(rule: FedHL, size: int) -> Tensors:
 
 def compared(ask: Setting, index: int, lives: Sequence[Tensors], ours_on: int, peft: bool) -> list[Result]:
     """Round ``index`` from each module's state in ``lives``; the alternatives take the first ``ask.sample`` of them."""
-    rule, ours, dense, merged = FedHL(), [], [], []
+    rule, ours, telemetry, dense, merged = FedHL(), [], [], [], []
     errors: dict[str, float] = {"ours": 0.0, "dense": 0.0, "peft": 0.0}
     stored = rank = 0
     for module in range(ours_on):
@@ -255,6 +260,9 @@ def compared(ask: Setting, index: int, lives: Sequence[Tensors], ours_on: int, p
         with measured() as cost:
             after, served = by_hooks(rule, state, replies, rnd)
         ours.append(cost)
+        with measured() as cost:
+            measure(rule, state, after, replies)
+        telemetry.append(cost)
         stored = sum(T.B.nbytes + T.A.nbytes if isinstance(T, LowRank) else T.nbytes for T in after.values())
         if module >= ask.sample:
             continue
@@ -282,6 +290,9 @@ def compared(ask: Setting, index: int, lives: Sequence[Tensors], ours_on: int, p
     for line in lines[1:]:
         line.ratio = line.seconds / lines[0].seconds
     lines[0].note += f", {lines[0].seconds / (lines[0].floor_seconds or 1):.1f} x the floor"
+    looked_at = min(ask.modules, MODULES) / len(telemetry)
+    lines[0].telemetry_seconds = looked_at * sum(cost.seconds for cost in telemetry)
+    lines[0].note += f", telemetry {lines[0].telemetry_seconds:.2g} s more"
     return lines
 
 

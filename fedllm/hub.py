@@ -58,21 +58,25 @@ def export(
 
 
 def ready(recipe: Recipe) -> None:
-    """Before a run whose end is an upload: raises FedError where that cannot work."""
-    if recipe.hub.push:
+    """Before a run whose end is a merged model or an upload: raises FedError where that cannot work."""
+    if recipe.hub.push or recipe.hub.merged:
         _has_adapter(recipe)
-        if not recipe.hub.dry_run:
-            check(recipe.hub)
+    if recipe.hub.push and not recipe.hub.dry_run:
+        check(recipe.hub)
 
 
 def publish(recipe: Recipe, console: Console) -> None:
-    """``hub.push=true``: uploads the run that has just ended; where that fails, says how to try again."""
-    if not recipe.hub.push:
+    """What a run that has just ended is to end in: ``hub.merged`` and ``hub.push``; what fails says how to try again."""
+    out, settings = recipe.output, recipe.hub
+    if settings.merged:
+        measured = merged_model(out, recipe, settings)
+        console.print(f"[dim]merged model: {out / 'merged'} ({measured.dtype})[/dim]", soft_wrap=True)
+    if not settings.push:
         return
     try:
-        push(recipe.output, recipe.hub, console)
+        push(out, settings, console)
     except FedError as error:
-        raise FedError(f"{error} The run itself is whole: `fedllm push {recipe.output}` uploads it.") from error
+        raise FedError(f"{error} The run itself is whole: `fedllm push {out}` uploads it.") from error
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -440,7 +440,9 @@ def fill(W: LowRank, r: int, generator: torch.Generator) -> LowRank:
     d_out, d_in = W.shape
     if r < W.rank:
         raise ValueError(f"a product of rank {W.rank} does not fit into rank {r}: truncate it first.")
+    B, A = _factors(W)
+    if r == W.rank:
+        return LowRank(B, A)
     bound = d_in**-0.5  # Kaiming uniform with a = sqrt(5), as torch.nn.Linear and PEFT draw it
     rows = (torch.rand(r, d_in, generator=generator) * 2 - 1) * bound  # filled row by row: the first r' rows are nested
-    B, A = _factors(W)
     return LowRank(torch.cat([B, B.new_zeros(d_out, r - W.rank)], dim=1), torch.cat([A, rows[W.rank :].to(A)]))

@@ -181,14 +181,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Hub:
-    """What a finished run gives to the Hugging Face Hub. The token is never a key: ``hf auth login`` or ``HF_TOKEN``.
+    """What a run ends in, and what the Hugging Face Hub gets of it. The token is never a key: ``hf auth login``.
 
     Args:
         push: upload the adapter with its model card when the run is done.
         repo: ``owner/name``; made where it does not exist.
         private: make it so, and refuse one that is public.
         dry_run: list what would be uploaded, and upload nothing.
-        merged: upload the merged model too; the adapter then lies in ``adapter/``.
+        merged: end in the merged model too, in the run's ``merged/``; an upload then has the adapter in ``adapter/``.
         clients: keep and upload each client's own adapter of the last round too.
         dtype: of the merged model; ``auto`` is the base model's.
         license: of what is uploaded; the base model's by default, where it is known.

@@ -190,6 +190,23 @@ def test_an_upload_that_fails_at_the_end_of_a_run_says_how_to_try_again(run, tmp
     hub.publish(load(["recipe=smoke"]), Console())
 
 
+def test_a_run_ends_in_the_merged_model_where_that_is_asked_for(run, tmp_path):
+    """Without a Hub and a push: plain transformers loads it, and it is the base plus the run's adapter."""
+    shutil.copytree(run, tmp_path / "run")
+    asked = [f"run.output={tmp_path / 'run'}", "hub.push=false", "hub.merged=true"]
+    recipe = load([f"recipe={run / 'recipe.yaml'}", *asked])
+    hub.ready(recipe)
+    hub.publish(recipe, Console())
+    base = language.load(recipe.model, torch.device("cpu"), recipe.run.seed)
+    served = PeftModel.from_pretrained(base, str(run / "adapter")).eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run/merged").eval()
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(input_ids=ids).logits, served(input_ids=ids).logits, rtol=0, atol=1e-4)
+    with pytest.raises(FedError, match="trains no adapter"):
+        hub.ready(load(["recipe=vision_smoke", "hub.merged=true"]))
+
+
 def test_a_run_that_could_not_be_uploaded_does_not_begin(tmp_path):
     dead = environment("http://127.0.0.1:9", tmp_path / "home")
     arguments = ["recipe=smoke", "hub.push=true", "hub.repo=me/x", "run.output=new"]

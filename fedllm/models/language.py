@@ -9,7 +9,9 @@ import socket
 import sys
 import tempfile
 import urllib.parse
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -225,7 +227,8 @@ def load(model: LanguageModel, device: torch.device, seed: int, shards: int = 1)
             )
         extra["distributed_config"] = DistributedConfig(fsdp_size=shards)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(where, revision=model.revision, dtype=dtype, **extra)
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO()):  # GGUF's bar heeds no setting
+            loaded: Any = AutoModelForCausalLM.from_pretrained(where, revision=model.revision, dtype=dtype, **extra)
     except (OSError, ValueError) as error:
         raise FedError(f"model.name={model.name}: {_first_line(error)}") from error
     if "gguf_file" in extra:
