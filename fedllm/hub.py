@@ -66,7 +66,7 @@ def ready(recipe: Recipe) -> None:
 
 
 def publish(recipe: Recipe, console: Console) -> None:
-    """What a run that has just ended is to end in: ``hub.merged`` and ``hub.push``; what fails says how to try again."""
+    """What a run that has just ended is to end in: ``hub.merged``, ``hub.push``; what fails says how to try again."""
     out, settings = recipe.output, recipe.hub
     if settings.merged:
         measured = merged_model(out, recipe, settings)

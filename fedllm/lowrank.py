@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,11 @@ TOLERANCE = 5e-6
 
 GUARD = 32
 """Triplets sought beyond those wanted: the gap behind them is what tells the wanted ones apart from the rest."""
+
+SURE = 4
+"""Blocks before an answer may count. Residuals bound what is wrong with the directions found and are silent on one not
+met: where a warm start spans an invariant subspace they are tiny at once, and the noise beside it has met W only once.
+"""
 
 SMALL = 512
 """Up to this size a full SVD in float64 is a matter of milliseconds, and nothing else is worth its risk."""
@@ -80,8 +84,8 @@ class LowRank:
             return NotImplemented
         if self.shape != other.shape:
             raise ValueError(f"cannot add matrices of shape {self.shape} and {other.shape}.")
-        dtype = torch.promote_types(self.B.dtype, other.B.dtype)
-        return LowRank(torch.cat([self.B.to(dtype), other.B.to(dtype)], dim=1), torch.cat([self.A, other.A]).to(dtype))
+        B, A = torch.promote_types(self.B.dtype, other.B.dtype), torch.promote_types(self.A.dtype, other.A.dtype)
+        return LowRank(torch.cat([self.B.to(B), other.B.to(B)], dim=1), torch.cat([self.A.to(A), other.A.to(A)], dim=0))
 
     def __neg__(self) -> LowRank:
         return LowRank(-self.B, self.A)
@@ -112,17 +116,16 @@ class LowRank:
 
         Columns come in the order of the singular values, so that ``leading(r)`` of it is ``truncate(r)``.
         """
-        lean = _lean(self)
-        return _balance(*lean.svd(), scale=_scale(lean))
+        return _balanced(_lean(self))
 
     def leading(self, r: int) -> LowRank:
         """The first ``r`` columns of B and rows of A."""
+        if r < 0:
+            raise ValueError(f"a rank is 0 or more, got {r}.")
         return LowRank(self.B[:, :r], self.A[:r])
 
     def truncate(self, r: int) -> LowRank:
         """The best approximation of rank at most ``r`` in the Frobenius norm (Eckart and Young), balanced."""
-        if r < 0:
-            raise ValueError(f"a rank is 0 or more, got {r}.")
         return self.balanced().leading(r)
 
 
@@ -131,6 +134,14 @@ def _factors(matrix: LowRank) -> tuple[Tensor, Tensor]:
     B, A = _compute(matrix.B), _compute(matrix.A)
     dtype = torch.promote_types(B.dtype, A.dtype)
     return B.to(dtype), A.to(dtype)
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD in the matrix's own dtype, or by way of float64: gesdd fails to converge on some float32 matrices."""
+    try:
+        return torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:
+        return _svd64(matrix, matrix.dtype)
 
 
 def _svd64(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,8 +203,13 @@ def _merged(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 def _scale(matrix: LowRank) -> float:
     """``sqrt(sum_j |b_j|^2 |a_j|^2)``: the size of the terms of the sum, however much of it cancels."""
-    terms = matrix.B.norm(dim=0).double() * matrix.A.norm(dim=1).double()
-    return float(terms.norm())
+    return float(_terms(matrix).norm())
+
+
+def _terms(matrix: LowRank) -> Tensor:
+    """``|b_j| |a_j|``, ``(r,)``, in float64: squares of large float32 numbers overflow in their own dtype."""
+    norms = (torch.linalg.vector_norm(X, dim=dim, dtype=torch.float64) for X, dim in ((matrix.B, 0), (matrix.A, 1)))
+    return next(norms) * next(norms)
 
 
 def _signed(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -241,37 +257,75 @@ def as_lowrank(W: LowRank | Tensor) -> LowRank:
     return LowRank(W, eye) if d_in <= d_out else LowRank(eye, W)
 
 
-def settle(W: LowRank | Tensor, r: int, start: LowRank | None = None) -> tuple[LowRank | Tensor, LowRank]:
-    """``W`` in its cheapest storage, and its best approximation of rank ``r``, balanced.
-
-    Where ``W`` stays a product, that approximation is its first ``r`` columns and rows, and the columns of B are
-    orthogonal, so that ``tail`` can read the norm of the rest off them.
+@dataclass(frozen=True)
+class Settled:
+    """An update as the server keeps it.
 
     Args:
-        start: the approximation of the round before: a warm start where ``W`` is dense. It cannot change the answer.
+        W: in its cheapest storage; where that is a product, the columns of B are orthogonal, which ``absorb`` needs.
+        top: its best approximation of the rank that was asked for, balanced, so that its first ``r'`` columns and rows
+            are the best of every smaller rank.
+        rest: ``|| W - top ||_F``.
+    """
+
+    W: LowRank | Tensor
+    top: LowRank
+    rest: float
+
+    def tails(self, r: int) -> Tensor:
+        """``|| W - W^(j) ||_F`` for ``j = 0 ... r``, r at most the rank that was asked for: ``(r + 1,)``, float64."""
+        squares = torch.zeros(max(r, self.top.rank) + 1, dtype=torch.float64)
+        squares[: self.top.rank] = _terms(self.top).square()
+        return (squares.flip(0).cumsum(0).flip(0) + self.rest**2).sqrt()[: r + 1]
+
+
+def settle(W: LowRank | Tensor, r: int, start: LowRank | None = None) -> Settled:
+    """``W`` in its cheapest storage, with its best approximation of rank ``r``.
+
+    Args:
+        start: the approximation of the round before: a warm start where no full SVD is taken.
     """
     if isinstance(W, LowRank):
         W = cheapest(_lean(W))
-    if isinstance(W, LowRank):
-        if not _is_small(W.rank, r):
-            return _parted(W, r)
-        W = W.balanced()
-        return W, W.leading(r)
-    return W, _balance(*_leading_svd(_compute(W), r, start), scale=_frobenius(W))
+    if isinstance(W, Tensor):
+        W = _compute(W)
+        top = _balance(*_leading_svd(W, r, start), scale=_frobenius(W))
+        return Settled(W, top, _rest(W, top))
+    if not _is_small(W.rank, r):
+        Q, R = torch.linalg.qr(W.B)
+        return _parted(LowRank(Q, R @ W.A), r, start, _scale(W))
+    W = _balanced(W)
+    return Settled(W, W.leading(r), float(_terms(W)[r:].norm()))
+
+
+def absorb(W: LowRank | Tensor, update: LowRank, r: int, start: LowRank | None = None) -> Settled:
+    """``settle(W + update, r, start)`` for a ``W`` that is settled: its columns stay, and a round costs what it adds.
+
+    Only what ``update`` has beyond those columns is made orthogonal: ``W + B A = [Q, P] ([Q^T W; 0] + [Q, P]^T B A)``,
+    with ``Q`` the columns of W at length 1 and ``P`` a basis of what ``B`` brings.
+    """
+    if isinstance(W, Tensor) or _is_small(W.rank, r):
+        return settle(plus(W, update), r, start)
+    length = torch.linalg.vector_norm(W.B, dim=0, dtype=torch.float64).to(W.B.dtype)
+    Q, A, update = W.B / length, length[:, None] * W.A, _lean(update)
+    B = update.B.to(Q.dtype)
+    beyond = LowRank(B - Q @ (Q.T @ B), update.A)
+    Q = torch.cat([Q, _orthonormal(_balance(*beyond.svd(), scale=_scale(update)).B, Q)], dim=1)
+    rows = (Q.T @ B) @ update.A.to(Q.dtype)
+    rows[: len(A)] += A
+    W = cheapest(LowRank(Q, rows))
+    return settle(W, r, start) if isinstance(W, Tensor) else _parted(W, r, start, _scale(W))
 
 
 def truncate_dense(W: Tensor, r: int, generator: torch.Generator | None = None) -> LowRank:
-    """A dense ``W (d_out, d_in)`` as ``U_r sqrt(S_r)`` and ``sqrt(S_r) V_r^T``, of rank exactly ``r``, in its dtype.
+    """A dense ``W (d_out, d_in)`` as ``U_r sqrt(S_r)`` and ``sqrt(S_r) V_r^T``, with ``min(r, d_out, d_in)`` columns.
 
     One full SVD, and the only one for every smaller rank: the first ``r'`` columns and rows are the best approximation
     of rank ``r'``. Directions that W has not (singular values that are rounding) get a zero column in B and in A a
     fresh row from the generator, as in ``fill``, or zeros without one. No value decides what is computed, so that meta
     tensors give the shapes.
     """
-    try:
-        U, S, Vh = torch.linalg.svd(_compute(W), full_matrices=False)
-    except torch.linalg.LinAlgError:  # gesdd fails to converge on some float32 matrices
-        U, S, Vh = (part.float() for part in torch.linalg.svd(W.double(), full_matrices=False))
+    U, S, Vh = _svd(_compute(W))
     U, S, Vh = U[:, :r], S[:r], Vh[:r]
     rounding = S[:1] * max(W.shape) * torch.finfo(S.dtype).eps
     fresh = torch.zeros(len(S), W.shape[1])
@@ -287,19 +341,27 @@ def _is_small(n: int, r: int) -> bool:
     return n <= max(SMALL, 8 * (r + GUARD))
 
 
-def _parted(W: LowRank, r: int) -> tuple[LowRank, LowRank]:
-    """``W = W^(r) + N (N^T W)``, ``N`` an orthonormal basis of the rest of its columns: no full SVD of a large core."""
-    core, Q_B, Q_A = _core(W)
-    U, S, Vh = _leading_svd(core, r, None)
-    dtype = Q_B.dtype
-    top = _balance(*_signed(Q_B @ U.to(dtype), S.to(dtype), Vh.to(dtype) @ Q_A.T), scale=_scale(W))
-    if top.rank < r:
-        W = W.balanced()
-        return W, W.leading(r)
-    N = torch.linalg.qr(U, mode="complete").Q[:, r:]  # (rank, rank - r)
-    B = torch.cat([top.B, Q_B @ N.to(dtype)], dim=1)
-    A = torch.cat([top.A, (N.T @ core).to(dtype) @ Q_A.T])
-    return LowRank(B, A), top
+def _parted(W: LowRank, r: int, start: LowRank | None, scale: float) -> Settled:
+    """Of ``W = Q A`` with orthonormal ``Q``: the triplets of A are W's, left vectors in the coordinates of Q."""
+    Q, A = W.B, W.A
+    U, S, Vh = _leading_svd(A, r, start)
+    top = _balance(*_signed(Q @ U, S, Vh), scale=scale)
+    if top.rank < r:  # all that is left is rounding
+        return Settled(top, top, 0.0)
+    return Settled(W, top, _frobenius(torch.addmm(A, U * S, Vh, alpha=-1)))
+
+
+def _balanced(lean: LowRank) -> LowRank:
+    return _balance(*lean.svd(), scale=_scale(lean))
+
+
+def _rest(W: Tensor, top: LowRank) -> float:
+    """``|| W - top ||_F`` of a dense W."""
+    whole = _frobenius(W) ** 2
+    rest = whole - float(_terms(top).square().sum())
+    if rest < 0.01 * whole:  # a difference of nearly equal squares: take the norm of the difference instead
+        return _frobenius(W - top.dense().to(W.device))
+    return rest**0.5
 
 
 def _leading_svd(W: Tensor, r: int, start: LowRank | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -324,7 +386,7 @@ def _leading_svd(W: Tensor, r: int, start: LowRank | None) -> tuple[Tensor, Tens
         V, _ = _krylov(W.double(), V, r)
         U, S, V, error = _ritz(W, V, r)
     if error > TOLERANCE:
-        U, S, V, _ = _ritz(W, torch.linalg.svd(W, full_matrices=False).Vh[:block].T, r)
+        U, S, V, _ = _ritz(W, _svd(W)[2][:block].T, r)
     return _signed(U[:, :r].to(W.dtype), S[:r].to(W.dtype), V[:, :r].T.to(W.dtype))
 
 
@@ -353,7 +415,7 @@ def _krylov(W: Tensor, V: Tensor, r: int, steps: int = 10) -> tuple[Tensor, floa
         beyond = Z - right @ (right.T @ Z)
         residual = (torch.linalg.qr(beyond, mode="r").R @ Y[-block:, :block]).norm(dim=0)
         estimate = 0.0 if bool((residual[:r] <= 4 * eps * S[0]).all()) else _error(S[:block], residual, r)
-        if estimate <= TOLERANCE / 5 or step == steps:
+        if step == steps or (step >= SURE and estimate <= TOLERANCE / 5):
             break
         right = torch.cat([right, _orthonormal(beyond, right)], dim=1)
     return right @ Xh[:block].T, estimate
@@ -383,9 +445,9 @@ def _error(S: Tensor, residual: Tensor, r: int) -> float:
     """The largest ``|| W'^(j) - W^(j) || / || W^(j) ||`` there can be over ``j = 1 ... r``; Ritz values ``S (block,)``.
 
     Vector ``i`` is off by the angle ``residual_i / (s_i - s_out)`` (Davis and Kahan; Wedin), where ``s_out``, the
-    largest singular value outside the block, is at most the last Ritz value and the largest residual of those beyond
-    ``r`` (a direction not yet found shows up there); that moves ``W^(j)`` by ``sqrt(2) s_i`` times the angle, and a
-    wrong direction costs no more than ``sqrt(2) (s_i + residual_i)``.
+    largest singular value outside the block, is taken to be at most the last Ritz value and the largest residual of
+    those beyond ``r`` (a direction not yet found shows up there, once the noise has met W ``SURE`` times); that moves
+    ``W^(j)`` by ``sqrt(2) s_i`` times the angle, and a wrong direction costs at most ``sqrt(2) (s_i + residual_i)``.
     """
     S, residual = S.double(), residual.double()
     gap = S[:r] - (S[-1] + residual[r:].max())
@@ -407,24 +469,6 @@ def smallest(W: Tensor) -> float:
     """
     W = (W if W.shape[0] >= W.shape[1] else W.T).double()
     return float(torch.linalg.eigvalsh(W.T @ W)[0].clamp(min=0).sqrt())
-
-
-def tail(W: LowRank | Tensor, top: LowRank, r: int) -> float:
-    """``|| W - W^(r) ||_F`` for a ``W, top`` that ``settle`` returned and any ``r`` up to the one given there."""
-    return tails(W, top, [r])[0]
-
-
-def tails(W: LowRank | Tensor, top: LowRank, ranks: Sequence[int]) -> list[float]:
-    """``|| W - W^(r) ||_F`` for each of ``ranks``, from one pass over ``W``."""
-    if isinstance(W, LowRank):
-        terms = W.B.norm(dim=0).double() * W.A.norm(dim=1).double()  # columns of B are orthogonal: squares add
-        return [float(terms[r:].norm()) for r in ranks]
-    S = top.B.norm(dim=0).double() * top.A.norm(dim=1).double()
-    whole = _frobenius(W) ** 2
-    rest = whole - float(S.square().sum())
-    if rest < 0.01 * whole:  # a difference of nearly equal squares: take the norm of the difference instead
-        rest = _frobenius(_compute(W) - top.dense().to(W.device)) ** 2
-    return [(rest + float(S[r:].square().sum())) ** 0.5 for r in ranks]
 
 
 def fill(W: LowRank, r: int, generator: torch.Generator) -> LowRank:

@@ -139,7 +139,7 @@ class Median(Trust):
             middle[name] = entries[cut : len(values) - cut].mean(dim=0)
             if isinstance(first, LowRank):
                 rank = min(sum(value.rank for value in values), *first.shape)
-                middle[name] = settle(middle[name], rank)[1]
+                middle[name] = settle(middle[name], rank).top
         return [replace(reply, returned=_moved_by(algorithm, reply, middle)) for reply in replies], {}
 
     def _cut(self, n: int) -> int:

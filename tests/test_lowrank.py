@@ -14,7 +14,7 @@ from torch import Tensor
 import fedllm.lowrank as lowrank
 from fedllm.algorithms import FedHL
 from fedllm.core import Client, Model, Reply, Round
-from fedllm.lowrank import LowRank, as_lowrank, cheapest, fill, plus, settle, smallest, tail, tails
+from fedllm.lowrank import LowRank, absorb, as_lowrank, cheapest, fill, plus, settle, smallest
 from fedllm.mean import mean_products
 
 quick = settings(max_examples=40, deadline=None)
@@ -77,8 +77,7 @@ def test_two_by_two() -> None:
     torch.testing.assert_close(S, torch.tensor([math.sqrt(45), math.sqrt(5)]))
     torch.testing.assert_close(M.truncate(1).dense(), torch.tensor([[1.5, 1.5], [4.5, 4.5]]))
     assert M.norm() == pytest.approx(math.sqrt(50))
-    W, top = settle(M, 2)
-    assert tails(W, top, [0, 1, 2]) == pytest.approx([math.sqrt(50), math.sqrt(5), 0.0], abs=1e-6)
+    assert settle(M, 2).tails(2).tolist() == pytest.approx([math.sqrt(50), math.sqrt(5), 0.0], abs=1e-6)
 
 
 def test_balanced_split_and_sign() -> None:
@@ -178,13 +177,14 @@ def test_the_order_of_terms_does_not_matter(shape, order, seed) -> None:
 @given(SHAPES, st.integers(0, 15), st.integers(0, 5), SEEDS, st.booleans())
 def test_settled_updates_know_their_tails(shape, r, served, seed, dense) -> None:
     M = random(shape, r, seed)
-    W, top = settle(M.dense() if dense else M, served)
+    found = settle(M.dense() if dense else M, served)
+    W, top = found.W, found.top
     S = torch.linalg.svdvals(wide(M))
     size = float(S.norm())
     torch.testing.assert_close(wide(W), wide(M), rtol=0, atol=2e-6 * size)
     assert top.rank <= served
     ranks = list(range(served + 1))
-    assert tails(W, top, ranks) == pytest.approx([float(S[q:].norm()) for q in ranks], abs=2e-6 * size)
+    assert found.tails(served).tolist() == pytest.approx([float(S[q:].norm()) for q in ranks], abs=2e-6 * size)
     for q in ranks:
         assert float((wide(M) - wide(top.leading(q))).norm()) == pytest.approx(float(S[q:].norm()), abs=2e-6 * size)
 
@@ -196,10 +196,10 @@ def test_zero_has_no_directions() -> None:
         LowRank(torch.ones(5, 3), torch.zeros(3, 7)),
     ):
         assert M.norm() == 0.0 and M.balanced().rank == 0 and M.truncate(2).shape == (5, 7)
-        W, top = settle(M, 4)
-        assert top.rank == 0 and tail(W, top, 4) == 0.0
-    W, top = settle(torch.zeros(600, 610), 4)
-    assert top.rank == 0 and top.shape == (600, 610) and tail(W, top, 4) == 0.0
+        found = settle(M, 4)
+        assert found.top.rank == 0 and found.tails(4).tolist() == [0.0] * 5
+    found = settle(torch.zeros(600, 610), 4)
+    assert found.top.rank == 0 and found.top.shape == (600, 610) and found.tails(4).tolist() == [0.0] * 5
 
 
 def test_a_faint_direction_is_signal() -> None:
@@ -213,7 +213,7 @@ def test_a_faint_direction_is_signal() -> None:
     assert float((wide(M.balanced()) - wide(M)).norm()) < 1e-6 * M.norm()
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e12])
+@pytest.mark.parametrize("scale", [1e-12, 1e12, 1e25])
 def test_scale_does_not_matter(scale: float) -> None:
     M = random((20, 30), 4, 0)
     assert (M * scale).balanced().rank == 4
@@ -267,13 +267,13 @@ SPECTRA = {
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_dense_top_is_the_full_svd_s(spectrum: str, device: str) -> None:
     W = with_spectrum(SPECTRA[spectrum], N, N + 20).to(device)
-    _, top = settle(W, 16)
+    found = settle(W, 16)
     for r in (1, 2, 4, 8, 16):
         truth = best(W, r)
-        assert float((wide(top.leading(r)) - truth).norm()) < 1e-5 * float(truth.norm()), r
+        assert float((wide(found.top.leading(r)) - truth).norm()) < 1e-5 * float(truth.norm()), r
     S = torch.linalg.svdvals(W.double())
-    expected = [float(S[r:].norm()) for r in (16, 8, 1)]
-    assert tails(W, top, [16, 8, 1]) == pytest.approx(expected, rel=1e-5, abs=1e-6 * float(S.norm()))
+    expected = [float(S[r:].norm()) for r in range(17)]
+    assert found.tails(16).tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6 * float(S.norm()))
 
 
 @pytest.mark.parametrize(
@@ -282,20 +282,20 @@ def test_dense_top_is_the_full_svd_s(spectrum: str, device: str) -> None:
 def test_no_gap_at_the_cut(spectrum: Tensor) -> None:
     """The best approximation is not unique: any of them will do, as long as it misses no more than it must."""
     W = with_spectrum(spectrum, N, N)
-    _, top = settle(W, 16)
-    missed = float((W.double() - wide(top)).norm())
+    found = settle(W, 16)
+    missed = float((W.double() - wide(found.top)).norm())
     assert missed == pytest.approx(float(spectrum[16:].norm()), rel=1e-6)
-    assert tail(W, top, 16) == pytest.approx(missed, rel=1e-6)
+    assert float(found.tails(16)[16]) == pytest.approx(missed, rel=1e-6)
 
 
 def test_a_start_cannot_change_the_answer() -> None:
     """Also not one that spans the old directions exactly while a larger one, orthogonal to all of them, is new."""
     old = with_spectrum(SPECTRA["1/j"][:300], N, N)
-    _, top = settle(old, 16)
+    top = settle(old, 16).top
     U, _, Vh = torch.linalg.svd(old.double())
     hidden = (2 * torch.outer(U[:, 400], Vh[400])).float()  # in the null space of the old update, both sides
     for start in (None, top, random((N, N), 16, 1), LowRank.zeros(N, N)):
-        _, new = settle(old + hidden, 16, start)
+        new = settle(old + hidden, 16, start).top
         truth = best(old + hidden, 16)
         assert float((wide(new) - truth).norm()) < 1e-5 * float(truth.norm())
 
@@ -304,26 +304,91 @@ def test_a_wrong_subspace_is_not_certified(monkeypatch: pytest.MonkeyPatch) -> N
     """A solver that returns what it was given: the residual tells, and the full SVD answers."""
     W = with_spectrum(SPECTRA["1/j"], N, N)
     monkeypatch.setattr(lowrank, "_krylov", lambda W, V, r, steps=10: (V, 0.0))
-    _, top = settle(W, 16)
+    top = settle(W, 16).top
     truth = best(W, 16)
     assert float((wide(top) - truth).norm()) < 1e-5 * float(truth.norm())
 
 
-def test_a_large_product_is_not_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Past SMALL only the top is diagonalised: W stays exact, its rank does not grow, and its tails are still right."""
+@pytest.mark.parametrize("hidden", [1, 31, 33, 64, 128])
+@pytest.mark.parametrize("rest", [0.1, 0.8])
+def test_a_start_that_is_an_invariant_subspace_hides_nothing(hidden: int, rest: float) -> None:
+    """The old top 16, known to the last digit, beside new directions of which two are larger than its smallest ones.
+
+    The residuals of what the start spans are rounding from the first product on.
+    """
+    old, new = torch.linspace(1.3, 1, 16), torch.linspace(rest, 0.05, hidden)
+    new[:2] = 1.02
+    W = with_spectrum(torch.cat([old, new]).double(), N, N)
+    U, S, Vh = torch.linalg.svd(with_spectrum(torch.cat([old, 0 * new]).double(), N, N).double())
+    start = LowRank((U[:, :16] * S[:16].sqrt()).float(), (S[:16].sqrt()[:, None] * Vh[:16]).float())
+    truth = best(W, 16)
+    assert float((wide(settle(W, 16, start).top) - truth).norm()) < 1e-5 * float(truth.norm())
+
+
+@pytest.mark.parametrize("spectrum", ["1/j", "exponential"])
+def test_a_start_of_the_directions_beyond_is_not_served(spectrum: str) -> None:
+    W = with_spectrum(SPECTRA[spectrum], N, N)
+    U, S, Vh = torch.linalg.svd(W.double())
+    for r in (1, 4, 16):
+        start = LowRank(U[:, r : 2 * r].float(), Vh[r : 2 * r].float())
+        truth = best(W, r)
+        assert float((wide(settle(W, r, start).top) - truth).norm()) < 1e-5 * float(truth.norm())
+
+
+def few_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that products of a hundred columns go the way that those of a thousand go."""
     monkeypatch.setattr(lowrank, "SMALL", 64)
     monkeypatch.setattr(lowrank, "GUARD", 8)
+
+
+def test_a_large_product_is_not_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past SMALL only the top is diagonalised: W stays exact, its rank does not grow, and its tails are right."""
+    few_are_small(monkeypatch)
     M = random((500, 480), 200, 0)
-    W, top = settle(M, 8)
-    assert isinstance(W, LowRank) and W.rank == 200
-    torch.testing.assert_close(W.leading(8).dense(), top.dense())
-    assert float((wide(W) - wide(M)).norm()) < 2e-6 * M.norm()
+    found = settle(M, 8)
+    assert isinstance(found.W, LowRank) and found.W.rank == 200
+    assert float((wide(found.W) - wide(M)).norm()) < 2e-6 * M.norm()
     truth = wide(M)
     for r in (8, 4, 1):
-        assert float((wide(top.leading(r)) - best(truth, r)).norm()) < 1e-5 * float(best(truth, r).norm())
-        assert tail(W, top, r) == pytest.approx(float((truth - best(truth, r)).norm()), rel=1e-5)
-    after, _ = settle(W + random((500, 480), 20, 1) - top.leading(4), 8)
-    assert isinstance(after, LowRank) and after.rank == 216  # four columns cancelled bit for bit, twenty came
+        assert float((wide(found.top.leading(r)) - best(truth, r)).norm()) < 1e-5 * float(best(truth, r).norm())
+        assert float(found.tails(8)[r]) == pytest.approx(float((truth - best(truth, r)).norm()), rel=1e-5)
+
+
+def test_absorbing_is_settling_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds of updates that bring new directions and move old ones: exact, orthogonal, and of no needless rank."""
+    few_are_small(monkeypatch)
+    found, truth = settle(random((500, 480), 140, 0), 8), wide(random((500, 480), 140, 0))
+    for step in range(1, 6):
+        new, old = random((500, 480), 16, step), found.top.leading(4) * 0.5
+        found = absorb(found.W, new - old, 8, found.top)
+        truth = truth + wide(new) - wide(old)
+        assert isinstance(found.W, LowRank) and found.W.rank == 140 + 16 * step
+        directions = found.W.B / found.W.B.norm(dim=0)
+        assert float((directions.T @ directions - torch.eye(found.W.rank)).abs().max()) < 1e-5
+        size = float(truth.norm())
+        assert float((wide(found.W) - truth).norm()) < 2e-6 * size
+        assert float((wide(found.top) - best(truth, 8)).norm()) < 1e-5 * float(best(truth, 8).norm())
+        S = torch.linalg.svdvals(truth)
+        expected = [float(S[r:].norm()) for r in range(9)]
+        assert found.tails(8).tolist() == pytest.approx(expected, rel=1e-5)
+    assert isinstance(absorb(found.W, random((500, 480), 60, 20), 8).W, Tensor)
+
+
+def test_absorbing_what_is_there_adds_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for what rounding adds: of twenty directions that are there, a few leave more of it than is dropped."""
+    few_are_small(monkeypatch)
+    M = random((500, 480), 150, 0)
+    found = settle(M, 8)
+    for update, wanted in (
+        (LowRank.zeros(500, 480), wide(M)),
+        (found.top * 0.5, wide(M) + 0.5 * best(wide(M), 8)),
+        (LowRank(M.B[:, :20] * 3, M.A[:20]), wide(M) + 3 * wide(M.leading(20))),
+    ):
+        after = absorb(found.W, update, 8, found.top)
+        assert isinstance(after.W, LowRank) and 150 <= after.W.rank <= 154
+        assert float((wide(after.W) - wanted).norm()) < 2e-6 * float(wanted.norm())
+    gone = absorb(found.W, -M, 8, found.top)
+    assert float(wide(gone.W).norm()) < 2e-6 * M.norm()
 
 
 def test_plus_keeps_dense_dense() -> None:

@@ -8,9 +8,9 @@ from typing import Literal
 
 import torch
 
-from fedllm.algorithms.flexlora import FlexLoRA, settled
+from fedllm.algorithms.flexlora import FlexLoRA, kept
 from fedllm.core import Reply, Round, Tensors, within
-from fedllm.lowrank import plus
+from fedllm.lowrank import absorb
 from fedllm.mean import mean_products
 
 
@@ -40,11 +40,11 @@ class FedHL(FlexLoRA):
     weights: Literal["fedhl", "fedavg", "rank"] = "fedhl"
 
     def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
-        after = {"r_max": state["r_max"]}
+        after, r_max = {"r_max": state["r_max"]}, int(state["r_max"])
         for (name, W), p in zip(self.served(state).items(), self._per_module(state, replies).tolist(), strict=True):
             returned, sent = [r.returned[name] for r in replies], [r.sent[name] for r in replies]
             moved = mean_products([*returned, *sent], [*p, *(-weight for weight in p)])
-            after |= settled(name, plus(W, moved), state)
+            after |= kept(name, absorb(W, moved, r_max, state[f"top/{name}"]), r_max)
         return after
 
     def shares(self, state: Tensors, replies: Sequence[Reply]) -> dict[str, float]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors, names_of, within
-from fedllm.lowrank import LowRank, fill, settle, tails
+from fedllm.lowrank import LowRank, Settled, fill, settle
 from fedllm.mean import mean_products
 
 
@@ -27,9 +27,10 @@ class FlexLoRA(Algorithm):
     any_rank: ClassVar[bool] = True
 
     def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
-        state: dict[str, Tensor | LowRank] = {"r_max": torch.tensor(max(client.rank for client in clients))}
+        r_max = max(client.rank for client in clients)
+        state: dict[str, Tensor | LowRank] = {"r_max": torch.tensor(r_max)}
         for name, weight in model.weights.items():
-            state |= settled(name, model.update.get(name, LowRank.zeros(*weight.shape)), state)
+            state |= kept(name, settle(model.update.get(name, LowRank.zeros(*weight.shape)), r_max), r_max)
         return state
 
     def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
@@ -41,9 +42,10 @@ class FlexLoRA(Algorithm):
     def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
         p = self.shares(state, replies)
         weights = [p[reply.client.id] for reply in replies]
-        after = {"r_max": state["r_max"]}
+        after, r_max = {"r_max": state["r_max"]}, int(state["r_max"])
         for name in names_of(replies):
-            after |= settled(name, mean_products([reply.returned[name] for reply in replies], weights), state)
+            W = mean_products([reply.returned[name] for reply in replies], weights)
+            after |= kept(name, settle(W, r_max, state[f"top/{name}"]), r_max)
         return after
 
     def served(self, state: Tensors) -> Tensors:
@@ -56,9 +58,6 @@ class FlexLoRA(Algorithm):
         )
 
 
-def settled(name: str, W: LowRank | Tensor, state: Tensors) -> dict[str, LowRank | Tensor]:
-    """The part of the state that serves this update: ``W`` in its cheapest storage, and what downloads need of it."""
-    r_max = int(state["r_max"])
-    W, top = settle(W, r_max, state.get(f"top/{name}"))
-    errors = torch.tensor(tails(W, top, range(r_max + 1)), dtype=torch.float64)
-    return {f"W/{name}": W, f"top/{name}": top, f"error/{name}": errors}
+def kept(name: str, found: Settled, r_max: int) -> dict[str, LowRank | Tensor]:
+    """The part of the state that serves this update."""
+    return {f"W/{name}": found.W, f"top/{name}": found.top, f"error/{name}": found.tails(r_max)}
