@@ -43,11 +43,11 @@ _ANY_VALUE = frozenset(
         *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core"),
         *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
-        *("inference_mode", "lora_dropout", "runtime_config", "qalora_group_size"),
+        *("inference_mode", "lora_dropout", "runtime_config", "qalora_group_size", "fan_in_fan_out"),
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     ]
 )
-"""Keys that are read, that select modules, or that only say how B and A began."""
+"""Keys that are read, that select modules, or that only say how B and A began or how the base stores its weight."""
 
 _ALLOWED = {"bias": ("none",), "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal")}
 """Other initialisations (PiSSA, OLoRA, LoftQ ...) also change the base weights, so that B A is not the update."""

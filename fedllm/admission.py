@@ -13,6 +13,8 @@ from torch import Tensor
 from fedllm.core import Reply, Tensors, within
 from fedllm.lowrank import LowRank
 
+COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 LARGEST = 1e18
 """The largest norm of a factor, or of ``|B| |A|``, that is averaged: squares stay inside float32."""
 
@@ -51,7 +53,7 @@ def admit(
         if copies[reply.client.id] > 1:
             refused[reply.client.id] = f"The id replied {copies[reply.client.id]} times in one round."
             continue
-        reason = _reason(reply.returned, expected(reply))
+        reason = misfit(reply.returned, expected(reply))
         if reason is None:
             admitted.append(reply)
         else:
@@ -131,7 +133,7 @@ def moved(returned: Tensors, sent: Tensors) -> float:
     return math.sqrt(squares)
 
 
-def _reason(returned: Tensors, expected: Tensors) -> str | None:
+def misfit(returned: Tensors, expected: Tensors) -> str | None:
     """Why this is not what was expected, or ``None``."""
     missing = [name for name in expected if name not in returned]
     if missing:
@@ -171,8 +173,8 @@ def _misfit(name: str, given: object, wanted: Tensor | LowRank) -> str | None:
 
 
 def _bad(name: str, tensor: Tensor) -> str | None:
-    if not tensor.is_floating_point():
-        return f"{name} is {tensor.dtype}, and a floating dtype was expected."
+    if tensor.dtype not in COMPUTED or tensor.layout != torch.strided or tensor.is_meta:
+        return f"{name} is {tensor.dtype}, and a floating dtype of 16, 32 or 64 bits, dense, was expected."
     wrong = tensor.numel() - int(torch.isfinite(tensor).sum())
     if wrong:
         return f"{name} holds {wrong} values that are NaN or infinite."

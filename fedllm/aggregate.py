@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ from torch import Tensor
 
 from fedllm import adapters
 from fedllm.adapters import Adapter
-from fedllm.admission import admit
+from fedllm.admission import admit, misfit
 from fedllm.algorithms import LOW_RANK
 from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors
 from fedllm.lowrank import LowRank, as_lowrank, fill
+from fedllm.nearest import nearest
 
 _ROUND = Round(index=1, seed=0)
 
@@ -70,12 +70,15 @@ def aggregate(
     if not folders:
         raise FedError("there is nothing to aggregate: give the folder of at least one adapter.")
     counts = _counts(samples, len(folders))
-    if rank is not None and rank < 1:
-        raise FedError(f"--rank must be 1 or more, got {rank}.")
     adapters.check_free(Path(out), overwrite=overwrite)
     read = [adapters.read(Path(folder)) for folder in folders]
     before = None if global_ is None else adapters.read(Path(global_))
     _agree([*map(str, folders), *([str(global_)] if before else [])], [*read, *([before] if before else [])])
+    largest = max(max(update.shape) for update in read[0].updates.values())
+    if rank is not None and not 1 <= rank <= largest:
+        raise FedError(f"--rank must be from 1 to {largest}, the largest side of a module, got {rank}.")
+    if before and (reason := misfit(before.updates, before.updates)):
+        raise FedError(f"--global {global_} cannot be aggregated. {reason}")
 
     clients = [
         Client(id, n, max(update.rank for update in adapter.updates.values()))
@@ -111,9 +114,7 @@ def aggregate(
 def _algorithm(rule: str, options: Mapping[str, Any]) -> Algorithm:
     """The rule with these constants; names are checked and the nearest is offered."""
     if rule not in LOW_RANK:
-        near = difflib.get_close_matches(rule, LOW_RANK, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise FedError(f"there is no rule {rule!r}: {hint}The rules are {', '.join(LOW_RANK)}.")
+        raise FedError(f"{rule}: {nearest(rule, LOW_RANK, 'rule')}")
     fields = [field.name for field in dataclasses.fields(LOW_RANK[rule])]
     for name in options:
         if name not in fields:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,6 +46,9 @@ def aggregate(arguments: list[str]) -> int:
 
 def evaluate(arguments: list[str]) -> int:
     """fedllm evaluate RUN_OR_FOLDER_OR_ID [task=NAME] [a.b=c ...]: score a run, an adapter or a model, with receipts"""
+    from fedllm.train import hush
+
+    hush()
     from fedllm.evaluation import evaluate as run
     from fedllm.evaluation import target_arguments
 
@@ -137,14 +141,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(["The commands of fedllm:", "", *(f"  {command.__doc__}" for command in COMMANDS.values())]))
         return 0 if given else 2
     try:
+        if given[0] in {"train", "plan"} and {"-h", "--help"} & set(given):
+            print(f"{COMMANDS[given[0]].__doc__}\n\nA recipe is a page of recipes/, or a path that ends in .yaml.")
+            return 0
         if given[0] not in COMMANDS:
-            from fedllm.recipe import nearest
+            from fedllm.nearest import nearest
 
             raise FedError(f"fedllm {given[0]}: {nearest(given[0], COMMANDS, 'command')}")
         return COMMANDS[given[0]](given[1:])
     except FedError as error:
         print(f"fedllm: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from fedllm import folder
 from fedllm.compare_plots import draw
 from fedllm.compare_tables import aggregated_csv, runs_csv, text
+from fedllm.core import FedError
 from fedllm.entries import SHEET, entries_of, metrics_of
 from fedllm.targets import goals
 
@@ -37,7 +38,10 @@ def write(runs: Sequence[Path], out: Path, score: str | None = None, target: str
     entries, left_out = entries_of(runs)
     keys = metrics_of(entries, score)
     goal = goals(entries, keys, target)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FedError(f"--out {out}: no folder can be made there ({error.strerror}).") from error
     drawn = draw(entries, keys, out)
     folder.write(out / "compare.md", text(entries, keys, goal, drawn, left_out))
     folder.write(out / "compare.csv", aggregated_csv(entries, keys))

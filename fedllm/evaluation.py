@@ -40,6 +40,7 @@ from fedllm.core import FedError
 from fedllm.inference import Sampling, batches, continue_batch, row_losses
 from fedllm.models import language
 from fedllm.models.language import LanguageModel
+from fedllm.nearest import nearest
 from fedllm.rows import Encoded, encode
 from fedllm.sandbox import require
 from fedllm.tasks import TEXTS
@@ -224,7 +225,7 @@ def parse(task: str | None, arguments: Sequence[str]) -> tuple[Settings, str, re
     try:
         page: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(arguments)))
     except (OmegaConfBaseException, ValueError) as error:
-        raise FedError(f"these arguments cannot be read: {str(error).splitlines()[0]}") from error
+        raise FedError(f"these arguments cannot be read: {recipes.said(error)}") from error
     asked = page.pop("task", None) if task is None else None
     settings: Settings = recipes.typed(Settings, page, "")
     run = None
@@ -240,8 +241,8 @@ def parse(task: str | None, arguments: Sequence[str]) -> tuple[Settings, str, re
     name = task or asked or (run.data_name if run else None)
     if name is None:
         raise FedError(f"which task? Give task=NAME, one of: {', '.join(sorted(SCORED))}.")
-    if name not in SCORED:
-        raise FedError(f"task={name}: {recipes.nearest(str(name), SCORED, 'task')}")
+    if not isinstance(name, str) or name not in SCORED:
+        raise FedError(f"task={name}: {nearest(str(name), SCORED, 'task')}")
     return settings, str(name), run
 
 

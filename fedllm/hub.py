@@ -59,6 +59,7 @@ def export(
 
 def ready(recipe: Recipe) -> None:
     """Before a run whose end is a merged model or an upload: raises FedError where that cannot work."""
+    named(recipe.hub)
     if recipe.hub.push or recipe.hub.merged:
         _has_adapter(recipe)
     if recipe.hub.push and not recipe.hub.dry_run:
@@ -115,6 +116,7 @@ def push(run: Path, settings: Hub, console: Console) -> None:
         FedError: not a finished run, no repository, no token, no way to the Hub, no right to write there, or the
             repository is public and ``settings.private``.
     """
+    named(settings)
     if not settings.dry_run:
         check(settings)
     licence = settings.license or known_licence(run)
@@ -126,16 +128,20 @@ def push(run: Path, settings: Hub, console: Console) -> None:
     console.print(f"uploaded: {url}", soft_wrap=True)
 
 
+def named(settings: Hub) -> None:
+    """Raises FedError where the repository has a name that none can have."""
+    if settings.repo and not card.HUB_ID.fullmatch(settings.repo):
+        raise FedError(
+            f"{settings.repo!r} is no repository's name: give OWNER/NAME, of letters, digits, '-', '_' and '.'."
+        )
+
+
 def check(settings: Hub) -> None:
     """Raises FedError where an upload cannot work, before any work is done."""
     from huggingface_hub import get_token
 
     if not settings.repo:
         raise FedError("where to? Give the repository: --repo OWNER/NAME, or hub.repo=OWNER/NAME in the recipe.")
-    if not card.HUB_ID.fullmatch(settings.repo):
-        raise FedError(
-            f"{settings.repo!r} is no repository's name: give OWNER/NAME, of letters, digits, '-', '_' and '.'."
-        )
     if not language.hub_reachable():
         raise FedError("the Hub cannot be reached (or HF_HUB_OFFLINE is set), so nothing was uploaded.")
     if get_token() is None:

@@ -7,8 +7,7 @@ dataclass that a table gives for that name, so its keys are the dataclass's fiel
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from fedllm.algorithms import ALGORITHMS
 from fedllm.compression import Wire
 from fedllm.core import Algorithm, FedError
 from fedllm.faults import Faults
+from fedllm.nearest import closest, nearest
 from fedllm.partition import IID, PARTITIONS
 from fedllm.robust import ROBUST, Trust
 from fedllm.rounds import Policy
@@ -268,13 +268,49 @@ def load(arguments: Sequence[str]) -> Recipe:
         if not OmegaConf.is_dict(page):
             raise FedError(f"{path}: a recipe is a YAML page of sections (run, algorithm, model, ...).")
         # names are checked one by one below: a typo is answered with the nearest key, not merged in silently
-        asked = OmegaConf.from_dotlist(overrides)
-        _leave_behind(page, asked)
-        page = OmegaConf.merge(page, asked)
+        asked = [_override(argument) for argument in overrides]
+        _leave_behind(page, OmegaConf.merge(*asked) if asked else OmegaConf.create())
+        for argument, part in zip(overrides, asked, strict=True):
+            page = _merged(page, part, argument)
         resolved: Any = OmegaConf.to_container(page, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise FedError(f"recipe {name}: {str(error).splitlines()[0]}") from error
+        raise FedError(f"recipe {name}: {said(error)}") from error
     return build(path.stem, resolved)
+
+
+def said(error: Exception) -> str:
+    """A parser's message in one line, with the line of the page that it is about."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem:
+        mark = error.problem_mark
+        return f"{error.problem}{f' (line {mark.line + 1})' if mark else ''}."
+    return str(error).splitlines()[0]
+
+
+def _merged(page: Any, part: Any, argument: str) -> Any:
+    try:
+        return OmegaConf.merge(page, part)
+    except TypeError as error:  # a list for keys, or the other way round
+        raise FedError(f"{argument!r} does not fit: the recipe has another kind of value there.") from error
+
+
+def _override(argument: str) -> Any:
+    """One ``a.b=c`` as a page of its own.
+
+    Raises:
+        FedError: where its value is no YAML, or is one value for a whole section.
+    """
+    key, _, value = argument.partition("=")
+    try:
+        page = OmegaConf.from_dotlist([argument])
+        if value.strip() == "???":
+            raise FedError(f"{argument}: ??? stands for a missing value, give one.")
+        if key in SECTIONS:
+            _section(OmegaConf.to_container(page)[key] or value, key)  # type: ignore[call-overload, index]
+        return page
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise FedError(
+            f"{argument!r} is not understood: {said(error)} Quote a value that is text with marks."
+        ) from error
 
 
 def build(name: str, page: Mapping[str, Any]) -> Recipe:
@@ -326,7 +362,8 @@ def find(name: str) -> Path:
         return Path(name)
     pages = {page.stem: page for folder in folders() for page in sorted(folder.glob("*.yaml"))}
     if name not in pages:
-        raise FedError(f"recipe={name}: {nearest(name, pages, 'recipe')}")
+        path = "A page of your own is a path that ends in .yaml. " if Path(name).exists() else ""
+        raise FedError(f"recipe={name}: {path}{nearest(name, pages, 'recipe')}")
     return pages[name]
 
 
@@ -348,6 +385,8 @@ def _arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
         if not equals or not key:
             raise FedError(f"{argument!r} is not understood: give recipe=NAME and then a.b=c overrides.")
         if key == "recipe":
+            if name is not None:
+                raise FedError(f"recipe={name} and recipe={value}: a run has one recipe.")
             name = value
         else:
             overrides.append(argument)
@@ -358,12 +397,19 @@ def _arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _leave_behind(page: Any, asked: Any) -> None:
-    """Where an override names another rule, task or worker, the page's constants stay with the one they are for."""
-    shared = {"data": {f.name for f in dataclasses.fields(Data)}}
-    for where in ("algorithm", "worker", "data", "data.partition"):
+    """Where an override names another rule, model, task or worker, what the page says of the one it had goes."""
+    data = {f.name for f in dataclasses.fields(Data)}
+    owned: dict[str, Callable[[str], bool]] = {
+        "algorithm": lambda key: True,
+        "worker": lambda key: True,
+        "data": lambda key: key not in data,
+        "data.partition": lambda key: True,
+        "model": lambda key: key in {"config", "revision"},
+    }
+    for where, belongs in owned.items():
         section, name = OmegaConf.select(page, where), OmegaConf.select(asked, f"{where}.name")
         if OmegaConf.is_dict(section) and name and name != section.get("name"):
-            for key in [key for key in section if key not in shared.get(where, ())]:
+            for key in [key for key in section if belongs(key)]:
                 del section[key]
 
 
@@ -414,21 +460,11 @@ def _known(section: Mapping[str, Any], valid: Iterable[str], where: str) -> None
     for key in section:
         if key not in valid:
             full = f"{where}.{key}" if where else str(key)
-            near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5)
+            near = closest(str(key), valid)
             hint = (
-                f"Did you mean {where + '.' if where else ''}{near[0]}?"
-                if near
-                else f"Valid: {', '.join(sorted(valid))}."
+                f"Did you mean {where + '.' if where else ''}{near}?" if near else f"Valid: {', '.join(sorted(valid))}."
             )
             raise FedError(f"{full} is not a key of a recipe. {hint}")
-
-
-def nearest(name: str, names: Iterable[str], what: str) -> str:
-    """ "There is no such thing", the nearest name there is, and all of them."""
-    names = sorted(names)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    return f"there is no {what} of that name.{hint} Valid: {', '.join(names)}."
 
 
 def _belong_together(recipe: Recipe) -> None:

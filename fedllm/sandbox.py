@@ -111,7 +111,7 @@ def require(accepted: Sequence[str] = ()) -> dict[str, str]:
     known = _guarantees()
     for name in accepted:
         if name not in known:
-            from fedllm.recipe import nearest
+            from fedllm.nearest import nearest
 
             raise FedError(f"accept_missing={name}: {nearest(name, known, 'guarantee')}")
     missing = missing_guarantees()

@@ -37,8 +37,9 @@ import yaml
 from fedllm import checkpoint, compare, entries, folder, story
 from fedllm import recipe as recipes
 from fedllm.core import Client, FedError
+from fedllm.nearest import nearest
 from fedllm.progress import span
-from fedllm.recipe import Recipe, nearest
+from fedllm.recipe import Recipe
 
 KEYS = ("recipe", "output", "set", "over", "without")
 TRAIN = Path(__file__).resolve().parent / "train.py"

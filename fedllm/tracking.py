@@ -65,16 +65,21 @@ def open_tracker(kind: str, run: Path, config: Config) -> Tracker:
     Raises:
         FedError: an unknown kind, a package that is not installed, or a tracker that does not start.
     """
-    if kind not in get_args(Kind):
-        raise _error(f"There is no tracker called {kind!r}. Set tracking to one of: {', '.join(get_args(Kind))}.")
+    ready(kind)
     if kind == "auto":
         return _automatic(run, config)
     if kind == "none":
         return Untracked()
-    if find_spec(kind) is None:
-        raise _error(f"Tracking with {kind} needs a package that is not installed. Run: {INSTALL[kind]}")
     run.mkdir(parents=True, exist_ok=True)
     return OPENERS[kind](run, config)
+
+
+def ready(kind: str) -> None:
+    """Raises FedError where there is no such tracker, or its package is not installed."""
+    if kind not in get_args(Kind):
+        raise _error(f"There is no tracker called {kind!r}. Set tracking to one of: {', '.join(get_args(Kind))}.")
+    if kind in INSTALL and find_spec(kind) is None:
+        raise _error(f"Tracking with {kind} needs a package that is not installed. Run: {INSTALL[kind]}")
 
 
 def _automatic(run: Path, config: Config) -> Tracker:

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +23,10 @@ import fedllm  # noqa: F401, I001  (before torch: it says how long OpenMP's thre
 import torch
 from rich.console import Console
 
-from fedllm import checkpoint, folder, hub, report
+from fedllm import checkpoint, folder, hub, report, tracking
 from fedllm import recipe as recipes
 from fedllm.checkpoint import Checkpoint
-from fedllm.core import Algorithm, FedError, Fleet, Reply, Tensors, Worker
+from fedllm.core import Algorithm, Client, FedError, Fleet, Reply, Tensors, Worker
 from fedllm.fleets import accelerate, together
 from fedllm.fleets.processes import Processes, joined
 from fedllm.fleets.waiting import Waiting
@@ -36,7 +36,7 @@ from fedllm.models.language import settle_network
 from fedllm.plan import show
 from fedllm.progress import Display, Progress
 from fedllm.rounds import Interrupted, federate, own_scores
-from fedllm.tracking import open_tracker
+from fedllm.story import json_in
 
 
 PARALLEL: dict[str, Any] = {"clients": accelerate, "ddp": together, "fsdp": together}
@@ -80,29 +80,46 @@ def _hand(recipe: recipes.Recipe) -> tuple[Algorithm, Worker]:
 
 def train(recipe: recipes.Recipe, processes: Processes) -> None:
     """One recipe, from its rows to its report."""
-    run, out, algorithm, console = recipe.run, recipe.output, recipe.algorithm, Console()
+    run, out, console = recipe.run, recipe.output, Console()
     if not run.plan:
         folder.check(out, resume=run.resume, overwrite=run.overwrite)
+        tracking.ready(run.tracker)
         hub.ready(recipe)
     federation = recipe.worker.federation(recipe)
     if run.plan:
         show(recipe, federation.plan(), console)
         return
-    shown = recipe.eval.clients or recipe.hub.clients  # no checkpoint keeps the last round's replies: play it again
-    until = run.rounds - 1 if shown else None
-    done = checkpoint.load(out / "checkpoint", recipe.page, until=until) if run.resume else None
-    folder.prepare(out, recipes.dump(recipe), federation.partition, overwrite=run.overwrite and not run.resume)
-    if done is None:
-        done = Checkpoint(0, canonical(algorithm.init(federation.model, federation.clients)), {}, [], recipe.page)
-        checkpoint.save(out / "checkpoint", done)
-    folder.write_lines(out / "rounds.jsonl", done.records[:-1])
     title = f"{recipe.name}: {recipe.algorithm_name}, {len(federation.clients)} clients, {recipe.models}"
-    tracking = closing(open_tracker(run.tracker, out, dict(recipe.page)))
-    with Progress(run.rounds, title, console) as display, tracking as tracker, once() as interrupted:
+    with Progress(run.rounds, title, console) as display, once() as interrupted:
         processes.tell({"do": "start"})
-        made, tolerant = federation.worker(display.step), run.on_client_error == "refuse"
-        worker, fleet = PARALLEL[run.parallel].lead(processes, made, display, tolerant=tolerant)
-        base = _base(recipe, worker, display)
+        made = federation.worker(display.step)
+        with folder.held(out):  # from here on nothing should fail that the user could have been told before
+            folder.check(out, resume=run.resume, overwrite=run.overwrite)
+            rows, hint = _federated(recipe, federation, made, processes, display, interrupted)
+    notes = federation.notes
+    if recipe.eval.alone is not None:
+        notes = [*notes, "A client alone trains for as many steps on its own rows as it does in the federation."]
+    summary = {"title": title, "rows": rows, "notes": notes}
+    folder.write(out / "summary.json", json.dumps(summary, indent=1))
+    written = report.write(out)
+    report.print_summary(summary, console)
+    exported = recipe.worker.exported
+    console.print(f"[dim]report: {written}   {exported}: {out / exported}[/dim]", soft_wrap=True)
+    if hint:
+        console.print(f"[dim]curves: {hint}[/dim]", soft_wrap=True)
+    hub.publish(recipe, console)
+
+
+def _federated(
+    recipe: recipes.Recipe, federation: Any, made: Worker, processes: Processes, display: Any, interrupted: Any
+) -> tuple[list[dict[str, Any]], str]:
+    """Plays the rounds that are left and exports what came of them; the summary's rows, and how to see the curves."""
+    run, out, algorithm = recipe.run, recipe.output, recipe.algorithm
+    done = _begun(recipe, federation)
+    tolerant = run.on_client_error == "refuse"
+    worker, fleet = PARALLEL[run.parallel].lead(processes, made, display, tolerant=tolerant)
+    base = _base(recipe, worker, display)
+    with closing(tracking.open_tracker(run.tracker, out, dict(recipe.page))) as tracker:
 
         def close(records: list[dict[str, Any]], state: Tensors) -> None:
             """Scores the last record's round if that is due, and makes its line public."""
@@ -154,20 +171,35 @@ def train(recipe: recipes.Recipe, processes: Processes) -> None:
                 scores = _score(out, worker, display, f"client_{reply.client.id}", own)
                 rows.append({"name": f"client {reply.client.id}, its own model", **scores})
         for place in recipe.eval.alone_of(len(federation.clients)):
-            rows.append(_alone(recipe, federation, worker, fleet, display, place))
+            rows += _alone(recipe, federation, worker, fleet, display, federation.clients[place], records)
         hub.export(recipe, federation.model, state, replies, memories)
-    notes = federation.notes
-    if recipe.eval.alone is not None:
-        notes = [*notes, "A client alone trains for as many steps on its own rows as it does in the federation."]
-    summary = {"title": title, "rows": rows, "notes": notes}
-    folder.write(out / "summary.json", json.dumps(summary, indent=1))
-    written = report.write(out)
-    report.print_summary(summary, console)
-    exported = recipe.worker.exported
-    console.print(f"[dim]report: {written}   {exported}: {out / exported}[/dim]", soft_wrap=True)
-    if tracker.hint:
-        console.print(f"[dim]curves: {tracker.hint}[/dim]", soft_wrap=True)
-    hub.publish(recipe, console)
+        return rows, tracker.hint
+
+
+def _begun(recipe: recipes.Recipe, federation: Any) -> Checkpoint:
+    """Where the run stands: what it left, or round 0 of a new one, whose folder is made ready.
+
+    Raises:
+        FedError: there is nothing to resume, or more of it than is asked for.
+    """
+    run, out = recipe.run, recipe.output
+    shown = recipe.eval.clients or recipe.hub.clients  # no checkpoint keeps the last round's replies: play it again
+    until = run.rounds - 1 if shown else None
+    done = checkpoint.load(out / "checkpoint", recipe.page, until=until) if run.resume else None
+    if done and done.index > run.rounds:
+        raise FedError(
+            f"run.rounds={run.rounds}, and the run in {out} has {done.index} rounds: it cannot be made shorter."
+        )
+    known = out / "rounds.jsonl"
+    if run.resume and done is None and known.is_file() and known.stat().st_size:
+        raise FedError(f"{out} has rounds and no checkpoint to resume from: run.overwrite=true starts anew.")
+    folder.prepare(out, recipes.dump(recipe), federation.partition, overwrite=run.overwrite and not run.resume)
+    if done is None:
+        state = canonical(recipe.algorithm.init(federation.model, federation.clients))
+        done = Checkpoint(0, state, {}, [], recipe.page)
+        checkpoint.save(out / "checkpoint", done)
+    folder.write_lines(out / "rounds.jsonl", done.records[:-1])
+    return done
 
 
 def _base(recipe: recipes.Recipe, worker: Any, display: Display) -> dict[str, float]:
@@ -175,8 +207,8 @@ def _base(recipe: recipes.Recipe, worker: Any, display: Display) -> dict[str, fl
     kept = recipe.output / "eval" / "base.json"
     if not recipe.eval.base:
         return {}
-    if kept.is_file():
-        return json.loads(kept.read_text())
+    if known := json_in(kept):
+        return {key: float(value) for key, value in known.items()}
     scores = _score(recipe.output, worker, display, "base", {})
     folder.write(kept, json.dumps(scores))
     return scores
@@ -192,22 +224,32 @@ def _score(out: Path, worker: Any, display: Display, name: str, update: Tensors)
 
 
 def _alone(
-    recipe: recipes.Recipe, federation: Any, worker: Any, fleet: Fleet, display: Display, index: int
-) -> dict[str, Any]:
-    """A federation of one: the same client, rows, rounds and steps, and nobody to average with."""
-    client = federation.clients[index]
+    recipe: recipes.Recipe,
+    federation: Any,
+    worker: Any,
+    fleet: Fleet,
+    display: Display,
+    client: Client,
+    records: Sequence[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """A federation of one, in the rounds that counted this client's update: its rows and steps, nobody to average with.
+
+    No row where no round did.
+    """
     display.evaluating(f"client {client.id} alone")
     algorithm = federation.alone
-    state = algorithm.init(federation.model, [client])
-    run = recipe.run
-    alone = federate(
-        algorithm, [client], worker, fleet, display,
-        state=state, memories={}, first=1, rounds=run.rounds, seed=run.seed,
-    )  # fmt: skip
-    for outcome in alone:
-        state = outcome.state
+    state: Tensors = algorithm.init(federation.model, [client])
+    memories: Mapping[str, Tensors] = {}
+    for index in [record["round"] for record in records if client.id in record["clients"]]:
+        for outcome in federate(
+            algorithm, [client], worker, fleet, display,
+            state=state, memories=memories, first=index, rounds=index, seed=recipe.run.seed,
+        ):  # fmt: skip
+            state, memories = outcome.state, outcome.memories
+    if not any(client.id in record["clients"] for record in records):
+        return []
     scores = _score(recipe.output, worker, display, f"alone_{client.id}", algorithm.served(state))
-    return {"name": f"client {client.id} alone", **scores}
+    return [{"name": f"client {client.id} alone", **scores}]
 
 
 if __name__ == "__main__":

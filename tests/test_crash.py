@@ -45,14 +45,14 @@ def test_a_run_killed_at_twenty_random_moments_is_the_undisturbed_run(tmp_path: 
 
 @pytest.mark.parametrize("rounds", ["", '{"round": 1, "bro'])
 def test_a_run_killed_before_its_first_checkpoint_starts_from_round_one(rounds: str, tmp_path: Path) -> None:
-    """What a run's first instants leave: its recipe, half a checkpoint, half a line."""
+    """What a run's first instants leave: its mark, half a checkpoint, half a line."""
     from fedllm import checkpoint, folder
 
     run = tmp_path / "run"
     run.mkdir()
     (run / folder.UNFINISHED).write_text("run:\n  rou")
     folder.check(run, resume=False, overwrite=False)  # one file, which no other program writes
-    (run / "recipe.yaml").write_text("run: {}\n")
+    (run / folder.MARK).write_text("{}")
     (run / "rounds.jsonl").write_text(rounds)
     (run / "checkpoint/.writing").mkdir(parents=True)
     (run / "checkpoint/.writing/state.safetensors").write_bytes(b"\x08")

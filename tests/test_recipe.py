@@ -1,5 +1,7 @@
 """Recipes: every page loads, a typo is answered with the nearest key, and what is written back is the same run."""
 
+from pathlib import Path
+
 import pytest
 
 from fedllm.core import FedError
@@ -49,14 +51,48 @@ def test_what_is_dumped_loads_to_the_same_recipe(name, tmp_path):
         ("model.quantization=3bit", r"model\.quantization='3bit'.*4bit"),
         ("eval.every=-1", r"eval\.every=-1"),
         ("nonsense", r"'nonsense' is not understood"),
-        ("recipe=smokey", r"no recipe of that name.*Did you mean smoke"),
-        ("recipe=missing.yaml", r"there is no such file"),
+        ("recipe=demo", r"recipe=smoke and recipe=demo: a run has one recipe"),
+        ("algorithm.name=fedlh", r"Did you mean fedhl\?"),
+        ("algorithm=null", r"algorithm='null': this is a section"),
+        ("run=", r"run='': this is a section"),
+        ("run.rounds=???", r"give one"),
+        ("run.rounds=[1", r"'run\.rounds=\[1' is not understood"),
+        ("data.prompt_template=Q: {question} A:", r"'data\.prompt_template=.*is not understood.*Quote"),
+        ("clients.rank={a: 1}", r"'clients\.rank=\{a: 1\}' does not fit"),
     ],
 )
 def test_a_mistake_is_one_sentence_with_the_remedy(argument, message):
     with pytest.raises(FedError, match=message) as caught:
-        load(["recipe=smoke", argument])
+        load(["recipe=smoke", "run.rounds=1", argument])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("smokey", r"no recipe of that name.*Did you mean smoke"),
+        ("missing.yaml", r"there is no such file"),
+        ("tests", r"a path that ends in \.yaml"),
+    ],
+)
+def test_a_recipe_that_is_not_there(name, message, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    with pytest.raises(FedError, match=f"(?i){message}"):
+        load([f"recipe={name}"])
+
+
+def test_a_section_that_an_override_replaces_whole_is_not_one_value():
+    """Whatever other key of it is given too: `fedllm plan` itself adds `run.plan=true`."""
+    with pytest.raises(FedError, match="run=3: this is a section"):
+        load(["recipe=smoke", "run=3", "run.plan=true"])
+
+
+def test_another_model_leaves_the_page_s_architecture_behind():
+    """fedhl_gsm8k plans Llama-2-7B from the config in its page; what another model is must come from that model."""
+    assert load(["recipe=fedhl_gsm8k"]).model.config == {"model_type": "llama"}
+    assert load(["recipe=fedhl_gsm8k", "model.name=gpt2"]).model.config == {}
+    assert load(["recipe=fedhl_gsm8k", "model.name=x/y", "model.config={a: 1}"]).model.config == {"a": 1}
+    assert load(["recipe=fedhl_gsm8k", "model.name=gpt2"]).model.dtype == "bfloat16"
 
 
 def test_no_recipe_lists_the_recipes():
@@ -66,7 +102,7 @@ def test_no_recipe_lists_the_recipes():
 
 def test_a_page_that_is_not_yaml(tmp_path):
     (tmp_path / "bad.yaml").write_text("run: [1, 2\nalgorithm: {")
-    with pytest.raises(FedError, match="bad.yaml"):
+    with pytest.raises(FedError, match=r"bad.yaml.*line 2"):
         load([f"recipe={tmp_path / 'bad.yaml'}"])
     (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
     with pytest.raises(FedError, match="sections"):

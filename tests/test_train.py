@@ -6,10 +6,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from fedllm import folder, train
+from fedllm.algorithms import FedIT
+from fedllm.core import Client, Model
+from fedllm.fleets.local import Local
+from fedllm.progress import Silent
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["run.threads=1", "worker.steps=2", "data.train_rows=24", "data.test_rows=4", "eval.max_new_tokens=4"]
@@ -129,12 +136,30 @@ def test_the_other_rules_run(rule, tmp_path):
         (["recipe=smoke", "model.name=./nothing"], "there is nothing there"),
         (["recipe=fedit_gsm8k", "clients.rank=high"], "averages factors, so all clients need one rank"),
         (["recipe=smoke", "run.output=taken"], "not a run's"),
+        (["recipe=smoke", "run.output=taken/mine.txt/run"], "mine.txt, and that is no folder"),
+        (["recipe=smoke", "run.output=old"], "old holds .git, thesis.tex beside a run"),
+        (["recipe=smoke", "run.output=old", "run.resume=true"], "has rounds and no checkpoint"),
+        (["recipe=smoke", "worker.targets=[]"], "worker.targets is empty"),
+        (["recipe=smoke", "worker.targets=[lm_head]"], "no linear module 'lm_head'"),
+        (["recipe=smoke", "model.config.num_attention_heads=7"], "model.name=pico"),
+        (["recipe=smoke", "data.test_rows=0"], "test"),
+        (["recipe=smoke", "data={name: gsm8k, path: no_test}"], "no_test"),
+        (["recipe=smoke", "run.tracker=wandb"], "pip install wandb"),
+        (["recipe=smoke", "hub.repo=nope"], "'nope' is no repository's name"),
     ],
 )
 def test_a_mistake_ends_in_one_sentence_and_writes_nothing(arguments, message, tmp_path):
     (tmp_path / "empty").mkdir()
     for split in ("train", "test"):
         (tmp_path / f"empty/{split}.jsonl").write_text("")
+    (tmp_path / "no_test").mkdir()
+    row = '{"question": "1 + 1?", "answer": "2\\n#### 2"}\n'
+    (tmp_path / "no_test/train.jsonl").write_text(row * 40)
+    (tmp_path / "no_test/test.jsonl").write_text("")
+    (tmp_path / "old/.git").mkdir(parents=True)
+    for name in ("partition.json", "recipe.yaml", "thesis.tex"):
+        (tmp_path / "old" / name).write_text("{}")
+    (tmp_path / "old/rounds.jsonl").write_text('{"round": 1}\n')
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/mine.txt").write_text("")
     before = sorted(path for path in tmp_path.rglob("*"))
@@ -148,6 +173,59 @@ def test_a_mistake_ends_in_one_sentence_and_writes_nothing(arguments, message, t
 def test_a_finished_run_is_not_overwritten_unasked(straight):
     done = fedllm("train", "recipe=smoke", "run.overwrite=false", f"run.output={straight}", cwd=straight.parent)
     assert done.returncode == 2 and "run.resume=true" in done.stderr
+
+
+def test_a_run_is_not_made_shorter(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    asked = [f"recipe={straight / 'recipe.yaml'}", f"run.output={tmp_path / 'run'}", "run.resume=true", "run.rounds=1"]
+    done = fedllm("train", *asked, cwd=tmp_path)
+    assert done.returncode == 2 and "it cannot be made shorter" in done.stderr, done.stderr
+    assert records(tmp_path / "run") == records(straight)
+
+
+def test_two_processes_do_not_write_one_run(tmp_path):
+    with folder.held(tmp_path / "run"):
+        done = fedllm("train", "recipe=smoke", *QUICK, f"run.output={tmp_path / 'run'}", cwd=tmp_path)
+        assert done.returncode == 2 and "another process is writing" in done.stderr
+        assert not list((tmp_path / "run").iterdir())
+
+
+def test_overwriting_removes_a_run_s_own_files_and_no_others(tmp_path):
+    """A file that came after the check stays."""
+    (tmp_path / "checkpoint").mkdir()
+    for name in (folder.MARK, "recipe.yaml", "rounds.jsonl", "mine.txt"):
+        (tmp_path / name).write_text("old")
+    folder.prepare(tmp_path, "new", {}, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eval", "mine.txt", folder.MARK, "recipe.yaml"]
+    assert (tmp_path / "recipe.yaml").read_text() == "new"
+
+
+def test_a_client_alone_trains_in_the_rounds_it_took_part_in(monkeypatch):
+    """Compared with a federation that drew it in two rounds of four, it trains in those two; never drawn, in none."""
+    trained = []
+
+    class Worker:
+        steps = 1
+
+        def of(self, client):
+            return self
+
+        def train(self, sent, memory, rnd):
+            trained.append((rnd.index, int(memory.get("turns", 0))))
+            return sent, {"turns": torch.tensor(len(trained))}, {"train_loss": 1.0}
+
+    model = Model({"w": torch.empty(4, 3, device="meta")})
+    federation = SimpleNamespace(alone=FedIT(), model=model)
+    recipe = SimpleNamespace(run=SimpleNamespace(seed=0), output=None)
+    records = [{"round": i, "clients": {"a": {}} if i in (2, 4) else {"b": {}}} for i in (1, 2, 3, 4)]
+    monkeypatch.setattr(train, "_score", lambda *args: {"loss": 0.5})
+
+    def alone(id):
+        return train._alone(recipe, federation, Worker(), Local(Silent()), Silent(), Client(id, 5, 2), records)
+
+    assert alone("a") == [{"name": "client a alone", "loss": 0.5}]
+    assert trained == [(2, 0), (4, 1)]  # the rounds' own numbers, and what it remembered
+    assert alone("c") == [] and len(trained) == 2
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(straight, tmp_path):

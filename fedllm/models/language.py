@@ -128,21 +128,23 @@ def _cached(name: str) -> bool:
 
 def config(model: LanguageModel) -> Any:
     """The architecture alone; no weights are read."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, LlamaConfig
 
-    if model.name in PICO:
-        tokens = {"vocab_size": len(_bytes_tokenizer()), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-        common = {"max_position_embeddings": 1024, "tie_word_embeddings": False}
-        return LlamaConfig(**(tokens | common | PICO[model.name] | model.config))
     try:
-        where, extra = source(model.name)
-        return AutoConfig.from_pretrained(where, revision=model.revision, **extra)
-    except (FedError, OSError, ValueError) as error:
-        if model.config:
-            return AutoConfig.for_model(**model.config)
-        raise (
-            error if isinstance(error, FedError) else FedError(f"model.name={model.name}: {_first_line(error)}")
-        ) from error
+        if model.name in PICO:
+            tokens = {"vocab_size": len(_bytes_tokenizer()), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+            common = {"max_position_embeddings": 1024, "tie_word_embeddings": False}
+            return LlamaConfig(**(tokens | common | PICO[model.name] | model.config))
+        try:
+            where, extra = source(model.name)
+            return AutoConfig.from_pretrained(where, revision=model.revision, **extra)
+        except (Unreachable, OSError):  # a gated model without a token is an OSError
+            if model.config and not Path(model.name).exists():
+                return AutoConfig.for_model(**model.config)
+            raise
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        raise FedError(f"model.name={model.name}: {_first_line(error)}") from error
 
 
 def skeleton(model: LanguageModel) -> nn.Module:
@@ -209,7 +211,7 @@ def load(model: LanguageModel, device: torch.device, seed: int, shards: int = 1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             built: Any = AutoModelForCausalLM.from_config(config(model), dtype=dtype)
-        if shards > 1:
+        if shards > 1 or model.quantization != "none":
             with tempfile.TemporaryDirectory() as folder:
                 built.config.save_pretrained(folder)  # the model's own would save on rank 0 only
                 save_file(built.state_dict(), Path(folder) / "model.safetensors", {"format": "pt"})

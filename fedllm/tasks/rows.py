@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import hashlib
 import json
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedllm.core import FedError, Unreachable
+from fedllm.nearest import closest
 
 Row = dict[str, Any]
 Split = Literal["train", "test"]
@@ -141,8 +141,8 @@ def label(row: Row, column: str) -> str | int:
 def suggest(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'? There are: ...``, the guess only where one is near."""
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    guess = f" Did you mean {near[0]!r}?" if near else ""
+    near = closest(name, names)
+    guess = f" Did you mean {near!r}?" if near else ""
     return f"{guess} There are: {', '.join(names) or 'none'}."
 
 
@@ -188,5 +188,5 @@ def _near_path(missing: Path) -> str:
     parent, name = missing.absolute().parent, missing.name
     while not parent.is_dir():
         parent, name = parent.parent, parent.name
-    near = difflib.get_close_matches(name, sorted(entry.name for entry in parent.iterdir()), n=1, cutoff=0.5)
-    return f" Did you mean {parent / near[0]}?" if near else f" {parent} has nothing of a name like {name}."
+    near = closest(name, sorted(entry.name for entry in parent.iterdir()))
+    return f" Did you mean {parent / near}?" if near else f" {parent} has nothing of a name like {name}."

@@ -153,22 +153,29 @@ def target_shapes(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[i
     Raises:
         FedError: where a target names no linear module.
     """
+    from transformers import PreTrainedModel
     from transformers.pytorch_utils import Conv1D
 
-    shapes: dict[str, tuple[int, int]] = {}
+    if not targets:
+        raise FedError("worker.targets is empty: name linear modules that get an adapter, such as [q_proj, v_proj].")
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # TRL adapts all but this one
+    linear: dict[str, Any] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    hit: set[str] = set()
     for target in targets:
-        hits = {
-            name: tuple(module.weight.T.shape if isinstance(module, Conv1D) else module.weight.shape)
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | Conv1D) and (name == target or name.endswith(f".{target}"))
-        }
-        if not hits:
-            linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-            raise FedError(
-                f"worker.targets: the model has no linear module {target!r}. It has: {', '.join(sorted(linear))}."
-            )
-        shapes |= hits
-    return {name: shapes[name] for name, _ in model.named_modules() if name in shapes}
+        found = {name for name in linear if name == target or name.endswith(f".{target}")}
+        if not found:
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise FedError(f"worker.targets: the model has no linear module {target!r}. It has: {known}.")
+        hit |= found
+    return {
+        name: tuple(module.weight.T.shape if isinstance(module, Conv1D) else module.weight.shape)
+        for name, module in linear.items()
+        if name in hit
+    }
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from fedllm.algorithms.fedit import FedIT
 from fedllm.core import Client, FedError, Model, Round, Tensors, Unreachable
 from fedllm.lowrank import LowRank, fill
 from fedllm.models import language
-from fedllm.models.language import LanguageModel
 from fedllm.partition import IID, describe
 from fedllm.recipe import Recipe
 from fedllm.rows import Encoded, encode
@@ -73,6 +71,7 @@ class TextFederation:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.settings: SFT = recipe.worker
+        self.test: list[Row] = []  # held out; none where a plan has to guess
         own = recipe.model.own
         members = [
             Client(f"c{i}", 0, rank, level=own[i % len(own)] if own else "")
@@ -82,10 +81,11 @@ class TextFederation:
         _fits(recipe)
         if recipe.data.task.runs_code and recipe.eval.generate and not recipe.run.plan:
             _allowed(recipe)
-        self.shapes = {
-            level: target_shapes(language.skeleton(recipe.model.of(member)), self.settings.targets)
+        self.skeletons: dict[str, Any] = {
+            level: language.skeleton(recipe.model.of(member))
             for level, member in {member.level: member for member in members}.items()
         }
+        self.shapes = {level: target_shapes(net, self.settings.targets) for level, net in self.skeletons.items()}
         self._check_ranks(members)
         data = recipe.data
         self.guessed = False
@@ -94,11 +94,12 @@ class TextFederation:
             self.tokenizer = language.common_tokenizer(recipe.model)
             self.classes = 1 + max(self.tokenizer.get_vocab().values())
             encoded = self._encode(train)
+            self.test = self._rows("test", data.test_rows)
         except Unreachable:
             if not recipe.run.plan:
                 raise
             self.guessed = True
-            self.classes = language.config(recipe.model.of(members[0])).vocab_size
+            self.classes = self.skeletons[members[0].level].config.vocab_size
             train = [{}] * min(data.train_rows or data.task.rows["train"], data.task.rows["train"])
             encoded = [Encoded([0] * self.settings.max_length, [0] * self.settings.max_length)] * len(train)
         partition = IID() if self.guessed and data.partition.column else data.partition  # no rows, no labels
@@ -134,11 +135,6 @@ class TextFederation:
             [f"{dropped} training rows lost their completion to max_length and were left out."] if dropped else []
         )
 
-    @cached_property
-    def test(self) -> list[Row]:
-        """The held-out rows."""
-        return self._rows("test", self.recipe.data.test_rows)
-
     def own(self, client: Client) -> Model:
         """A client's adapter before it trains, where it is the client's own: the same for all of a base and a rank."""
         rnd = Round(0, self.recipe.run.seed)
@@ -169,7 +165,7 @@ class TextFederation:
         """
         algorithm, rnd = self.recipe.algorithm, Round(1, self.recipe.run.seed)
         state = algorithm.init(self.model, self.clients)
-        base = {client.level: self._base_bytes(self.recipe.model.of(client)) for client in self.clients}
+        base = {level: self._base_bytes(net) for level, net in self.skeletons.items()}
         clients: list[dict[str, Any]] = []
         for client in self.clients:
             rows, rank = self.rows[client.id], client.rank
@@ -178,7 +174,9 @@ class TextFederation:
             steps = self.settings.steps_for(len(rows))
             passes = steps * self.settings.batch_size * self.settings.accumulation / len(rows)
             adapter = rank * sum(d_out + d_in for d_out, d_in in self.shapes[client.level].values())
-            activations = self._activation_bytes(client, max(len(row.input_ids) for row in rows))
+            activations = self._activation_bytes(
+                self.skeletons[client.level].config, max(len(row.input_ids) for row in rows)
+            )
             clients.append(
                 {
                     "id": client.id,
@@ -240,8 +238,8 @@ class TextFederation:
                     f"a rank is at most {min(shape)} here. Lower clients.rank."
                 )
 
-    def _base_bytes(self, model: LanguageModel) -> int:
-        skeleton = language.skeleton(model)
+    def _base_bytes(self, skeleton: nn.Module) -> int:
+        model = self.recipe.model
         bits = {"4bit": 4.5, "8bit": 8.0, "none": 32.0}[model.quantization]  # NF4: and its block constants
         if bits == 32.0 and (model.dtype in {"bfloat16", "float16"} or torch.cuda.is_available()):
             bits = 16.0
@@ -249,14 +247,12 @@ class TextFederation:
         other = sum(p.numel() for p in skeleton.parameters()) - linear
         return int(linear * bits / 8 + other * max(bits, 16.0) / 8)
 
-    def _activation_bytes(self, client: Client, longest: int) -> int:
-        settings = language.config(self.recipe.model.of(client))
-        hidden, layers = settings.hidden_size, settings.num_hidden_layers
+    def _activation_bytes(self, config: Any, longest: int) -> int:
         tokens = longest * self.settings.batch_size
         per_layer = (
             2 if self.settings.gradient_checkpointing else 34
         )  # half-words a token and unit (Korthikanti et al.)
-        return tokens * hidden * layers * per_layer + 4 * tokens * settings.vocab_size
+        return tokens * config.hidden_size * config.num_hidden_layers * per_layer + 4 * tokens * config.vocab_size
 
 
 class TextWorker:
