@@ -295,6 +295,8 @@ def subject_of(settings: Settings, run: recipes.Recipe | None) -> Subject:
 def target_arguments(target: str) -> list[str]:
     """``run=``, ``adapter=`` or ``model=``: which of them a path or id is."""
     path = Path(target)
+    if target.startswith((".", "/", "~")) and not path.expanduser().exists():
+        raise FedError(f"{target} is not there: give a run's folder, a PEFT folder, a model's folder or a Hub id.")
     if (path / "recipe.yaml").is_file():
         return [f"run={target}"]
     return [f"adapter={target}"] if (path / "adapter_config.json").is_file() else [f"model={target}"]

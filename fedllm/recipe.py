@@ -309,7 +309,7 @@ def _override(argument: str) -> Any:
         return page
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise FedError(
-            f"{argument!r} is not understood: {said(error)} Quote a value that is text with marks."
+            f"{argument!r} is not understood: {said(error)} A text with marks in it goes into quotes, {key}='\"...\"'."
         ) from error
 
 

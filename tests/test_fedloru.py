@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedllm.algorithms.fedloru import FedLoRAAvg, FedLoRU, added
+from fedllm.algorithms.fedloru import FedLoRAAvg, FedLoRU, added, arrived
 from fedllm.algorithms.mfedloru import MFedLoRU
 from fedllm.algorithms.pfedloru import PFedLoRU
-from fedllm.core import Client, FedError, Model, Reply, Round, Tensors, within
+from fedllm.core import Client, FedError, Model, Reply, Round, Tensors, under, within
 from fedllm.ledger import canonical, flatten, size, unflatten
 from fedllm.lowrank import LowRank
 from fedllm.models.language import LanguageModel, load, skeleton, tokenizer
@@ -145,8 +145,8 @@ def test_a_reset_is_random_or_keeps_the_adapters() -> None:
     run = Run(FedLoRU(tau=2)).rounds(2)
     rnd = Round(3, SEED)
     before = within("adapter", run.state)
-    fresh = within("adapter", run.rule.download(run.state, CLIENTS[0], rnd))
-    kept = within("adapter", FedLoRU(tau=2, reset="momentum").download(run.state, CLIENTS[0], rnd))
+    fresh = arrived(run.rule.download(run.state, CLIENTS[0], rnd))
+    kept = arrived(FedLoRU(tau=2, reset="momentum").download(run.state, CLIENTS[0], rnd))
     for name, M in before.items():
         assert not fresh[name].B.any() and fresh[name].rank == 3 and bool((fresh[name].A != 0).any(dim=1).all())
         assert not torch.equal(fresh[name].A, M.A)
@@ -185,7 +185,7 @@ def test_other_tensors_are_averaged_and_never_added_up() -> None:
         for client, value in zip(clients, (0.0, 4.0), strict=True):
             sent = rule.download(state, client, rnd)
             assert float(sent["adapter/norm"]) == (0.0 if index == 1 else 3.0)
-            returned = {**within("adapter", sent), "norm": torch.tensor([value])}
+            returned = {**arrived(sent), "norm": torch.tensor([value])}
             replies.append(Reply(client, sent, returned))
         state = rule.aggregate(state, replies, rnd)
         assert float(rule.served(state)["norm"]) == 3.0
@@ -222,25 +222,27 @@ def test_the_worker_trains_on_top_of_w() -> None:
     close(run.log["a"][2]["frozen"], first, 1e-6)
 
 
-def test_bytes_are_the_adapters_alone() -> None:
+@pytest.mark.parametrize("reset", ["random", "momentum"])
+def test_bytes_are_the_adapters_alone(reset: Any) -> None:
     """To the byte, safetensors' own header included: W itself never travels to a client that has been there.
 
-    In the round after an accumulation the increment comes along, once, and is as large as an adapter.
+    As a round begins with an accumulation the last adapter is sent: as what the client lacks of W, with a seed and a
+    rank for the new one (two numbers a module), or as what it goes on from too.
     """
-    run = Run(FedLoRU(tau=3))
+    run = Run(FedLoRU(tau=3, reset=reset))
     for index in range(1, 11):
         run.round()
         for reply in run.replies:
-            adapters = {f"adapter/{name}": M for name, M in within("adapter", reply.sent).items()}
-            news = {k: M for k, M in reply.sent.items() if k not in adapters}
-            assert size(reply.returned) == size(within("adapter", reply.sent))
-            if index in (4, 7, 10):
-                assert sorted(news) == [f"increment/{index // 3}/{name}" for name in ("q", "v")]
-                assert sum(M.B.numel() + M.A.numel() for M in news.values()) == sum(
-                    M.B.numel() + M.A.numel() for M in adapters.values()
-                )
+            adapters = under("adapter", arrived(reply.sent))
+            assert size(reply.returned) == size(arrived(reply.sent))
+            if reset == "random" and index in (4, 7, 10):
+                sent = flatten(reply.sent)
+                assert {key.rpartition("/")[0] for key in sent} == {"adapter", "drawn", f"increment/{index // 3}"}
+                floats = sum(t.numel() for t in sent.values() if t.is_floating_point())
+                assert floats == sum(t.numel() for t in flatten(adapters).values())
+                assert sum(t.numel() for key, t in sent.items() if key.startswith("drawn/")) == 2 * len(adapters)
             else:
-                assert not news and size(reply.sent) == size(adapters)
+                assert size(reply.sent) == size(adapters)
 
 
 def test_a_lost_reply_does_not_count_an_increment_twice() -> None:
@@ -349,7 +351,7 @@ def test_what_small_clients_send_is_small_and_rebuilt_exactly() -> None:
     rule = MFedLoRU()
     run = Run(rule, MIXED).rounds(2)
     for reply in run.replies:
-        r_i, sent = reply.client.rank, within("adapter", reply.sent)
+        r_i, sent = reply.client.rank, arrived(reply.sent)
         assert {M.rank for M in sent.values()} == {8}
         whole = rule.trained(reply)
         for name, (d, k) in SHAPES.items():
@@ -389,7 +391,7 @@ def test_nested_factors_start_at_zero_products() -> None:
     for client in MIXED:
         sent = run.rule.download(run.state, client, rnd)
         returned, _, _ = run.rule.local(Look(client), sent, {}, rnd)
-        close(run.rule.trained(Reply(client, sent, returned)), within("adapter", sent), 0)
+        close(run.rule.trained(Reply(client, sent, returned)), arrived(sent), 0)
     assert starts["c"] is None
     for key, product in starts["a"].items():
         assert not product.A.any() and bool((product.B != 0).all()) and float(product.B.abs().max()) <= 0.5, key
@@ -446,7 +448,7 @@ def test_it_trains_and_an_accumulation_leaves_the_function_alone(
         for client in clients:
             sent = canonical(rule.download(state, client, rnd))
             memory = memories.get(client.id, {})
-            start = added(rule.remembered(sent, memory, rnd), within("adapter", sent))
+            start = added(rule.remembered(sent, memory, rnd), arrived(sent))
             assert float((logits(pico, start) - before).abs().max()) <= 1e-4
             returned, memory, metrics = rule.local(pico.of(client), sent, memory, rnd)
             memories[client.id] = canonical(memory)
@@ -466,8 +468,8 @@ def test_nested_training_touches_nothing_else(pico: SFTWorker) -> None:
     returned, _, metrics = rule.local(pico.of(client), sent, {}, rnd)
     assert [type(module) for module in pico.model.modules()] == modules
     assert metrics["steps"] == 4 and all(M.rank == 2 for M in returned.values())
-    assert all(bool(returned[f"B/{name}"].A.any()) for name in within("adapter", sent)), "B_u has left zero"
-    adapters = within("adapter", sent)
+    assert all(bool(returned[f"B/{name}"].A.any()) for name in arrived(sent)), "B_u has left zero"
+    adapters = arrived(sent)
     for name, M in adapters.items():
         held = pico._held(pico.layers[name])
         assert torch.equal(held.A, M.A) and torch.equal(held.B, M.B)

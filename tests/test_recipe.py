@@ -57,7 +57,7 @@ def test_what_is_dumped_loads_to_the_same_recipe(name, tmp_path):
         ("run=", r"run='': this is a section"),
         ("run.rounds=???", r"give one"),
         ("run.rounds=[1", r"'run\.rounds=\[1' is not understood"),
-        ("data.prompt_template=Q: {question} A:", r"'data\.prompt_template=.*is not understood.*Quote"),
+        ("data.prompt_template=Q: {question} A:", r"'data\.prompt_template=.*is not understood.*quotes"),
         ("clients.rank={a: 1}", r"'clients\.rank=\{a: 1\}' does not fit"),
     ],
 )

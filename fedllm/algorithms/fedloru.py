@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedllm.algorithms.fedit import FedIT, of_one_rank, started
 from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors, under, within
-from fedllm.lowrank import LowRank, cheapest, plus
+from fedllm.lowrank import LowRank, cheapest, fill, plus
 from fedllm.mean import mean_values
 
 
@@ -33,9 +33,10 @@ class FedLoRU(Algorithm):
     LoRA's scale is folded into B, so it is alpha / r here as everywhere; the paper writes a fixed alpha = 16 that is
     not divided by r: ``worker.alpha`` = 16 r is that.
 
-    W is frozen and hardly travels: a client is sent it once, later only the increments that it lacks, each as small as
-    an adapter, and remembers their sum. An accumulation falls due at the start of round ``k tau + 1``, so what is
-    served after any round is exactly what its clients trained, and no run ends on one.
+    W is frozen and hardly travels: a client is sent it once, later only the increments that it lacks, and remembers
+    their sum. An accumulation falls due at the start of round ``k tau + 1``, so what is served after any round is what
+    its clients trained, and no run ends on one. All that a client lacks of W then is the last adapter. It is sent in
+    place of the new one, whose rows are drawn from a seed, so that no round sends more than an adapter.
 
     State: ``adapter/name``; ``W/name``, a stack of increments until dense is smaller, then beside ``last/name``, the
     newest; ``held/client``, the accumulations that it has; and ``r``, the adapters' rank. A ``Tensor`` among the
@@ -76,17 +77,22 @@ class FedLoRU(Algorithm):
         return max(client.rank for client in clients)
 
     def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
-        state = self.accumulated(state, rnd)
-        adapters = started(within("adapter", state), int(state["r"]), rnd)
-        return under("adapter", adapters) | self._lacking(state, client, rnd)
+        state, r = self.accumulated(state, rnd), int(state["r"])
+        adapters = within("adapter", state)
+        if not self.accumulations(rnd):
+            return under("adapter", started(adapters, r, rnd)) | self._lacking(state, client, rnd)
+        drawn = {
+            name: torch.tensor([rnd.rng("fresh", name).initial_seed(), r])
+            for name, update in adapters.items()
+            if isinstance(update, LowRank) and update.rank < r
+        }
+        return under("adapter", adapters) | under("drawn", drawn) | self._lacking(state, client, rnd)
 
     def local(
         self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
     ) -> tuple[Tensors, Tensors, dict[str, float]]:
         W = self.remembered(sent, memory, rnd)
-        returned, moments, metrics = worker.train(
-            within("adapter", sent), self.moments("worker", memory, rnd), rnd, frozen=W
-        )
+        returned, moments, metrics = worker.train(arrived(sent), self.moments("worker", memory, rnd), rnd, frozen=W)
         return returned, self.memory(W, rnd) | under("worker", moments), metrics
 
     def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
@@ -102,6 +108,9 @@ class FedLoRU(Algorithm):
     def served(self, state: Tensors) -> Tensors:
         return added(within("W", state), within("adapter", state))
 
+    def expected(self, reply: Reply) -> Tensors:
+        return arrived(reply.sent)
+
     def personal(self, reply: Reply, memory: Tensors) -> Tensors:
         return added(within("W", memory), self.trained(reply))
 
@@ -109,9 +118,13 @@ class FedLoRU(Algorithm):
         """How many there have been by the time this round's clients train."""
         return (rnd.index - 1) // self.tau
 
+    def accumulates(self, rnd: Round) -> bool:
+        """Whether this round begins with one."""
+        return rnd.index > 1 and (rnd.index - 1) % self.tau == 0
+
     def accumulated(self, state: Tensors, rnd: Round) -> Tensors:
         """``W <- W + B A`` and the reset, where this round begins with them; else the state as it is."""
-        if rnd.index == 1 or (rnd.index - 1) % self.tau:
+        if not self.accumulates(rnd):
             return state
         after = dict(state)
         for name, update in within("adapter", state).items():
@@ -126,35 +139,42 @@ class FedLoRU(Algorithm):
         return after
 
     def _lacking(self, state: Tensors, client: Client, rnd: Round) -> dict[str, Any]:
-        """What the client lacks of W: ``increment/k/name``, or all of it as ``W/name``."""
+        """What the client lacks of W: ``increment/k/name``, or all of it as ``W/name``.
+
+        With momentum the adapter that is sent as an accumulation falls due is the newest increment.
+        """
         now, r = self.accumulations(rnd), int(state["r"])
+        known = now - (self.reset == "momentum" and self.accumulates(rnd))
         held = int(state[f"held/{client.id}"]) if f"held/{client.id}" in state else -1
         news: dict[str, Any] = {}
         for name, W in within("W", state).items():
             if held < 0:
                 news |= {f"W/{name}": W} if isinstance(W, Tensor) or W.rank else {}
             elif isinstance(W, LowRank):
-                for k in range(held + 1, now + 1):
+                for k in range(held + 1, known + 1):
                     end = W.rank - (now - k) * r  # each accumulation added r columns
                     news[f"increment/{k}/{name}"] = LowRank(W.B[:, end - r : end], W.A[end - r : end])
-            elif held == now - 1 and state[f"last/{name}"].rank * sum(W.shape) < W.numel():
+            elif now - 1 == held < known and state[f"last/{name}"].rank * sum(W.shape) < W.numel():
                 news[f"increment/{now}/{name}"] = state[f"last/{name}"]
-            elif held < now:
+            elif held < known:
                 news[f"W/{name}"] = W
         return news
 
     def remembered(self, sent: Tensors, memory: Tensors, rnd: Round) -> dict[str, Any]:
         """W on the client's side. An increment that comes again, its last reply having been lost, counts once."""
-        whole, W = within("W", sent), within("W", memory)
-        counts = dict.fromkeys(within("adapter", sent), int(memory.get("held", 0)))
-        for key, update in sorted(within("increment", sent).items(), key=lambda item: int(item[0].partition("/")[0])):
+        whole, W, trained = within("W", sent), within("W", memory), within("adapter", sent)
+        counts = dict.fromkeys(trained, int(memory.get("held", 0)))
+        news = within("increment", sent)
+        if self.reset == "momentum" and self.accumulates(rnd):
+            news |= {f"{self.accumulations(rnd)}/{name}": M for name, M in trained.items() if isinstance(M, LowRank)}
+        for key, update in sorted(news.items(), key=lambda item: int(item[0].partition("/")[0])):
             k, _, name = key.partition("/")
-            if int(k) == counts[name] + 1:
+            if name not in whole and int(k) == counts[name] + 1:
                 W[name] = cheapest(plus(W.get(name, LowRank.zeros(*update.shape)), update))
                 counts[name] += 1
         behind = [
             name
-            for name, update in within("adapter", sent).items()
+            for name, update in trained.items()
             if isinstance(update, LowRank) and name not in whole and counts[name] != self.accumulations(rnd)
         ]
         if behind:
@@ -172,6 +192,15 @@ class FedLoRU(Algorithm):
     def memory(self, W: Tensors, rnd: Round) -> dict[str, Any]:
         """What a client keeps of W."""
         return {"held": torch.tensor(self.accumulations(rnd)), **under("W", W)}
+
+
+def arrived(sent: Tensors) -> dict[str, Any]:
+    """What a client trains: the adapters that it was sent, their rows drawn where a seed and a rank came instead."""
+    drawn = {name: tensor.tolist() for name, tensor in within("drawn", sent).items()}
+    return {
+        name: fill(M, drawn[name][1], torch.Generator().manual_seed(drawn[name][0])) if name in drawn else M
+        for name, M in within("adapter", sent).items()
+    }
 
 
 def added(W: Tensors, adapters: Tensors) -> dict[str, Any]:

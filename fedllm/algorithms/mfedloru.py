@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedllm.algorithms.fedloru import FedLoRU
-from fedllm.core import Client, FedError, Reply, Round, Tensors, under, within
+from fedllm.algorithms.fedloru import FedLoRU, arrived
+from fedllm.core import Client, FedError, Reply, Round, Tensors, under
 from fedllm.lowrank import LowRank
 
 
@@ -46,7 +46,7 @@ class MFedLoRU(FedLoRU):
     def local(
         self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
     ) -> tuple[Tensors, Tensors, dict[str, float]]:
-        adapters, r_i = within("adapter", sent), int(sent["rank"])
+        adapters, r_i = arrived(sent), int(sent["rank"])
         if all(update.rank == r_i for update in products(adapters).values()):
             returned, memory, metrics = super().local(worker, sent, memory, rnd)
             return _factors(returned), memory, metrics
@@ -63,7 +63,7 @@ class MFedLoRU(FedLoRU):
         return returned, self.memory(W, rnd), metrics
 
     def expected(self, reply: Reply) -> Tensors:
-        adapters, r_i = within("adapter", reply.sent), int(reply.sent["rank"])
+        adapters, r_i = arrived(reply.sent), int(reply.sent["rank"])
         lean = {
             name: LowRank(zeros(factor.shape[0], r_i), zeros(r_i, factor.shape[1]))
             for name, factor in _factors(products(adapters)).items()
@@ -72,7 +72,7 @@ class MFedLoRU(FedLoRU):
         return _factors(adapters) | lean
 
     def trained(self, reply: Reply) -> Tensors:
-        adapters = within("adapter", reply.sent)
+        adapters = arrived(reply.sent)
         whole = {name: _rebuilt(factor, reply.returned[name]) for name, factor in _factors(adapters).items()}
         rebuilt = {name: LowRank(whole[f"B/{name}"], whole[f"A/{name}"]) for name in products(adapters)}
         return {name: rebuilt[name] if name in rebuilt else whole[name] for name in adapters}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fedllm.algorithms.fedloru import FedLoRU, added
+from fedllm.algorithms.fedloru import FedLoRU, added, arrived
 from fedllm.algorithms.standalone import COSTS, scored
 from fedllm.core import FedError, Reply, Round, Tensors, under, within
 from fedllm.lowrank import LowRank, fill
@@ -38,7 +38,7 @@ class PFedLoRU(FedLoRU):
     def local(
         self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
     ) -> tuple[Tensors, Tensors, dict[str, float]]:
-        W, shared = self.remembered(sent, memory, rnd), within("adapter", sent)
+        W, shared = self.remembered(sent, memory, rnd), arrived(sent)
         own = {
             name: fill(
                 memory.get(f"personal/{name}", LowRank.zeros(*update.shape)),
