@@ -18,6 +18,7 @@ from fedllm.drawing import (
     boxes,
     by_round,
     colors_of,
+    complete,
     label_ends,
     line,
     merged,
@@ -25,7 +26,9 @@ from fedllm.drawing import (
     panels,
     percents,
     plain,
+    rounds_of,
     short,
+    whole,
 )
 from fedllm.story import Member, Points, Story, client_scores, clipped, natural, own_keys
 
@@ -43,7 +46,8 @@ def clients(story: Story) -> Figure | None:
     if len(story.rounds) == 1:
         strip(ax, {member: points[0][1] for member, points in curves.items()}, colors)
         return figure
-    ends = few_lines(ax, curves, colors) if len(curves) <= 10 else many_lines(ax, curves, colors)
+    few = len(curves) <= 10 and complete(curves.values())
+    ends = few_lines(ax, curves, colors) if few else many_lines(ax, curves, colors)
     by_round(ax, story)
     label_ends(ax, ends, height=3.6)
     return figure
@@ -57,14 +61,15 @@ def few_lines(ax: Axes, curves: Mapping[Member, Points], colors: Mapping[str, An
 
 def many_lines(ax: Axes, curves: Mapping[Member, Points], colors: Mapping[str, Any]) -> list[tuple[float, str, Any]]:
     """Every client as a hair, and the median of each rank or level."""
-    ends = []
+    ends, rounds = [], rounds_of(curves.values())
     for kind, group in groupby(curves, key=lambda member: member.kind):
         members = list(group)
         for member in members:
-            line(ax, curves[member], colors[kind], width=0.6, alpha=0.25, dots=len(curves[member]) == 1)
+            line(ax, curves[member], colors[kind], width=0.6, alpha=0.25, dots=False, rounds=rounds)
         middle = merged((curves[member] for member in members), median)
-        line(ax, middle, colors[kind], width=2.4)
-        ends.append((middle[-1][1], f"{kind}, median of {len(members)}".removeprefix(", "), colors[kind]))
+        line(ax, middle, colors[kind], width=2.4, rounds=rounds)
+        words = f"{kind}, median of {len(members)}".removeprefix(", ") if len(members) > 1 else told(members[0], 18)
+        ends.append((middle[-1][1], words, colors[kind]))
     return ends
 
 
@@ -111,9 +116,11 @@ def data(story: Story) -> Figure | None:
     if many:
         kind_ticks(ax, members)
         ax.set_ylabel("rows")
+        whole(ax.yaxis)
     else:
         name_ticks(ax, members)
         ax.set_xlabel("rows")
+        whole(ax.xaxis)
     if len(labels) > 1:
         names_above(ax, [(clipped(label, 18), color) for label, _, color in parts])
     return figure
@@ -133,7 +140,9 @@ def label_map(figure: Figure, ax: Axes, members: Sequence[Member], labels: Seque
         ax.set_xticks(range(len(members)), [f"{short(m.id, 12)}\n{m.kind}" for m in members])
     else:
         kind_ticks(ax, members)
-    figure.colorbar(image, ax=ax, label="rows", shrink=0.9, pad=0.02).outline.set_visible(False)
+    bar = figure.colorbar(image, ax=ax, label="rows", shrink=0.9, pad=0.02)
+    bar.outline.set_visible(False)
+    whole(bar.ax.yaxis)
 
 
 def name_ticks(ax: Axes, members: Sequence[Member]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from fedllm.drawing import GREY, INK, LINES, by_round, label_ends, line, panels, short
+from fedllm.drawing import GREY, INK, LINES, by_round, label_ends, line, panels, rounds_of, short
 from fedllm.story import Points, Story, at, map_numbers
 
 SMALLEST = "smallest_singular_value"
@@ -32,15 +32,16 @@ def conditioning(story: Story) -> Figure | None:
     last = {layer: points[-1][1] for layer, points in layers.items()}
     named = layers if len(layers) <= NAMED else {min(last, key=last.__getitem__), max(last, key=last.__getitem__)}
     ends: list[tuple[float, str, Any]] = []
+    rounds = rounds_of(layers.values())
     for layer, points in layers.items():
         color = LINES[len(ends) % len(LINES)] if layer in named else GREY
-        line(ax, points, color, width=1.0, dots=len(points) == 1)
-        ends += [(last[layer], f"{short(layer, 24)} {10 ** last[layer]:.2g}", color)] if layer in named else []
+        line(ax, points, color, width=1.0, dots=False, rounds=rounds)
+        ends += [(last[layer], f"{short(layer, 24)}: {10 ** last[layer]:.2g}", color)] if layer in named else []
     every = [point for points in layers.values() for point in points]
-    lowest = {index: min(value for i, value in every if i == index) for index in sorted({i for i, _ in every})}
+    lowest = {index: min(value for i, value in every if i == index) for index in rounds}
     line(ax, list(lowest.items()), INK, width=2.4, dots=len(lowest) == 1)
     by_round(ax, story)
-    ax.set_ylabel("thick: of all layers")
+    ax.set_ylabel("singular value (thick: the least of all)")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{10**value:.2g}"))
     label_ends(ax, ends, height=3.6)
     return figure

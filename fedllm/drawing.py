@@ -9,7 +9,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -19,7 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from fedllm.progress import size
 from fedllm.story import Points, Story
@@ -87,18 +89,79 @@ def by_round(axes: Axes, story: Story) -> None:
     if len(rounds) <= 8:
         axes.set_xticks(rounds)
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10]))
+        whole(axes.xaxis)
     axes.set_xlabel("round")
 
 
+def whole(axis: Axis) -> None:
+    """Ticks at whole numbers only, for what is counted."""
+    axis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10]))
+
+
+def rounds_of(curves: Iterable[Points]) -> list[int]:
+    """The rounds in which any of the curves has a value."""
+    return sorted({index for points in curves for index, _ in points})
+
+
+def complete(curves: Iterable[Points]) -> bool:
+    """Whether every curve has a value in the same rounds; where clients sit out, a line each is a heap of scraps."""
+    return len({tuple(index for index, _ in points) for points in curves}) == 1
+
+
+def pieces(points: Points, rounds: Sequence[int]) -> list[Points]:
+    """The points, parted where one of ``rounds`` lies between two of them: no line says what was not measured."""
+    if not rounds:
+        return [points]
+    places = {index: place for place, index in enumerate(rounds)}
+    parted = groupby(enumerate(points), key=lambda numbered: places[numbered[1][0]] - numbered[0])
+    return [[point for _, point in piece] for _, piece in parted]
+
+
 def line(
-    axes: Axes, points: Points, color: Any, width: float = 2.0, alpha: float = 1.0, dots: bool | None = None
+    axes: Axes,
+    points: Points,
+    color: Any,
+    width: float = 2.0,
+    alpha: float = 1.0,
+    dots: bool | None = None,
+    rounds: Sequence[int] = (),
 ) -> None:
-    """A curve, with a dot at each point where there are few."""
+    """A curve, with a dot at each point where there are few.
+
+    Args:
+        rounds: those in which there could have been a point; where there is none the curve has a gap.
+    """
     few = len(points) <= 12 if dots is None else dots
-    x, y = [index for index, _ in points], [value for _, value in points]
-    dot = 7.0 if len(points) == 1 else 2.2 + width
-    axes.plot(x, y, color=color, lw=width, alpha=alpha, marker="o" if few else None, ms=dot, mec="white", mew=0.6)
+    dot = 7.0 if len(points) == 1 and len(rounds) < 2 else 2.2 + width
+    for piece in pieces(points, rounds):
+        x, y = [index for index, _ in piece], [value for _, value in piece]
+        mark = "o" if few or len(piece) == 1 else None
+        axes.plot(x, y, color=color, lw=width, alpha=alpha, marker=mark, ms=dot, mec="white", mew=0.6)
+
+
+def kind_lines(axes: Axes, story: Story, curves: Mapping[str, Points]) -> list[tuple[float, str, Any]]:
+    """The mean of the clients of each rank or level, in a band from the least to the most of them; words for the ends.
+
+    Args:
+        curves: by client.
+    """
+    rounds, colors = rounds_of(curves.values()), colors_of(member.kind for member in story.members)
+    ends, spread = [], False
+    for kind, group in story.by_kind().items():
+        inside = [points for member in group if (points := curves.get(member.id))]
+        if not inside:
+            continue
+        middle, low, high = merged(inside, fmean), dict(merged(inside, min)), dict(merged(inside, max))
+        for piece in pieces(middle, rounds):
+            x = [index for index, _ in piece]
+            reach = [low[index] for index in x], [high[index] for index in x]
+            axes.fill_between(x, *reach, color=colors[kind], alpha=0.15, lw=5.0 * (len(x) == 1))
+        line(axes, middle, colors[kind], rounds=rounds)
+        ends.append((middle[-1][1], kind or "mean", colors[kind]))
+        spread |= any(high[index] - low[index] > 0.01 * abs(value) for index, value in middle)
+    if spread:
+        axes.set_ylabel(f"{axes.get_ylabel()}\n(mean; band: from least to most)")
+    return ends
 
 
 def label_ends(axes: Axes, labels: Sequence[tuple[float, str, Any]], height: float = 3.1) -> None:
@@ -111,10 +174,11 @@ def label_ends(axes: Axes, labels: Sequence[tuple[float, str, Any]], height: flo
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
     gap = 11 / (72 * height * 0.72)
+    upwards = axes.transScale + axes.transLimits
     spots: list[float] = []
     ordered = sorted(labels, key=lambda label: label[0])
     for value, _, _ in ordered:
-        spot = min(1.0, max(0.0, (value - low) / (high - low)))
+        spot = min(1.0, max(0.0, float(upwards.transform((1.0, value))[1])))
         spots.append(max(spot, spots[-1] + gap) if spots else spot)
     over = max(0.0, spots[-1] - 1.0) if spots else 0.0
     for place in range(len(spots) - 1, -1, -1):  # too high at the top: let those below make room
@@ -163,6 +227,15 @@ def colors_of(kinds: Iterable[str]) -> dict[str, Any]:
 def percents(axis: Axis) -> None:
     axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
+
+
+def in_decades(axes: Axes) -> None:
+    """A logarithmic axis, its numbers written out; what is zero lies below it."""
+    low, high = axes.dataLim.minposy, axes.dataLim.y1
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 1000 * low else (1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def in_bytes(ax: Axes, names: Sequence[tuple[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
@@ -11,7 +12,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fedllm.client_plots import clients, data, own
+from fedllm.client_plots import clients, data, few_lines, own
 from fedllm.conditioning_plots import SMALLEST, conditioning
 from fedllm.drawing import (
     DOWN,
@@ -21,10 +22,12 @@ from fedllm.drawing import (
     UP,
     by_round,
     colors_of,
+    complete,
     in_bytes,
+    in_decades,
+    kind_lines,
     label_ends,
     line,
-    names_above,
     panels,
     percents,
     plain,
@@ -166,50 +169,101 @@ def paired_bars(ax: Axes, down: Mapping[int, float], up: Mapping[int, float]) ->
     ax.bar([x + 0.2 for x in up], list(up.values()), 0.38, color=UP)
 
 
+@dataclass(frozen=True)
+class Panel:
+    """How the numbers of one parent are shown.
+
+    Args:
+        unit: what is at the vertical axis.
+        words: a line's name, from its key.
+        share: whether the numbers are shares of 1.
+        decades: whether the axis is logarithmic.
+    """
+
+    title: str
+    unit: str = ""
+    words: str = "{}"
+    share: bool = False
+    decades: bool = False
+
+
+TELEMETRY = {
+    "served_error": Panel("Error of what is served", "distance from the ideal mean,\nshare of its norm", share=True),
+    "truncation": Panel("Truncation error of what is served", "share of its norm", "rank {}", share=True),
+    "rank": Panel("Rank of what is served", "directions, mean over modules"),
+    "singular_values": Panel(
+        "Top singular values of what is served", "root mean square over modules", "place {}", decades=True
+    ),
+    "drift": Panel("Drift of one client in a round", "norm of its step"),
+    "cosine": Panel("One client against the mean", "cosine of its step to the mean step"),
+}
+"""What ``fedllm.telemetry`` measures."""
+
+
 def telemetry(story: Story) -> Figure | None:
     """Whatever else was measured, one panel for the numbers of one parent."""
+    found = measured(story)
+    if not found:
+        return None
+    figure, axes = panels(len(found))
+    ids = {member.id for member in story.members}
+    for ax, (group, curves) in zip(axes, found.items(), strict=True):
+        panel = TELEMETRY.get(group[0]) or Panel(clipped(" / ".join(map(plain, group)), 44))
+        by_client = curves.keys() <= ids
+        ax.set_title(panel.title + story.sorted_by * by_client)
+        ax.set_ylabel(panel.unit)
+        ends = client_lines(ax, story, curves) if by_client else named_lines(ax, story, panel, curves)
+        by_round(ax, story)
+        label_ends(ax, ends)
+    return figure
+
+
+def measured(story: Story, most: int = 12) -> dict[tuple[str, ...], dict[str, Points]]:
+    """The curves of each parent, but for those that have a picture of their own."""
     found: dict[tuple[str, ...], dict[str, Points]] = {}
     for rnd in story.rounds:
         for (*parent, leaf), value in leaves((), rnd.get("telemetry")):
             group = tuple(parent) or (leaf,)
-            if group == (SMALLEST,):
-                continue  # a picture of its own
-            found.setdefault(group, {}).setdefault(leaf, []).append((rnd["round"], value))
-    if not found:
-        return None
-    if errors := found.get(("served_error",)):  # a bias adds up: by now, at most this has been lost
-        rounds, values = zip(*errors["served_error"], strict=True)
-        errors["summed so far"] = list(zip(rounds, accumulate(values), strict=True))
-    groups = list(found.items())[:12]
-    figure, axes = panels(len(groups))
-    kind_of = {member.id: member.kind for member in story.members}
-    colors = colors_of(kind_of.values())
-    for ax, (group, curves) in zip(axes, groups, strict=True):
-        ax.set_title(TELEMETRY.get(group[0]) or clipped(" / ".join(map(plain, group)), 44))
-        by_client = curves.keys() <= kind_of.keys()
-        ends: list[tuple[float, str, Any]] = []
-        for place, (leaf, points) in enumerate(curves.items()):
-            color: Any = colors[kind_of[leaf]] if by_client else LINES[place % len(LINES)]
-            line(ax, points, color, width=1.8 if len(curves) <= 10 else 0.8)
-            last = metric("loss", points[-1][1])
-            ends.append((points[-1][1], f"{short(leaf, 16)} {last}" if len(curves) > 1 else last, color))
-        by_round(ax, story)
-        if len(ends) <= 10:
-            label_ends(ax, ends)
-        elif by_client:
-            names_above(ax, list(colors.items()))
-    return figure
+            if group != (SMALLEST,):
+                found.setdefault(group, {}).setdefault(leaf, []).append((rnd["round"], value))
+    if errors := found.get(("served_error",), {}).pop("served_error", None):
+        rounds, values = zip(*errors, strict=True)  # a bias adds up: by now, at most this has been lost
+        sums = list(zip(rounds, accumulate(values), strict=True))
+        found["served_error",] = {"in the round": errors, "added up so far": sums}
+    return dict(list(found.items())[:most])
 
 
-TELEMETRY = {
-    "served_error": "Served, off the mean of the clients' steps",
-    "truncation": "Share of the update beyond rank r",
-    "rank": "Rank of the update",
-    "singular_values": "Singular values, by place",
-    "drift": "How far each client moved",
-    "cosine": "Each step's cosine to the mean step",
-}
-"""Titles of what ``fedllm.telemetry`` measures."""
+def client_lines(ax: Axes, story: Story, curves: Mapping[str, Points]) -> list[tuple[float, str, Any]]:
+    if len(curves) > 8 or not complete(curves.values()):
+        return kind_lines(ax, story, curves)
+    members = {member: curves[member.id] for member in story.members if member.id in curves}
+    return few_lines(ax, members, colors_of(member.kind for member in story.members))
+
+
+def named_lines(ax: Axes, story: Story, panel: Panel, curves: Mapping[str, Points]) -> list[tuple[float, str, Any]]:
+    """A line a key, with its last value; those of clients' ranks in the ranks' colours. Of too many none is named."""
+    names = {leaf: panel.words.format(short(leaf, 16)) for leaf in curves}
+    colors = colors_of(member.kind for member in story.members)
+    others = [GREY] if colors.keys() & set(names.values()) else LINES
+    ends: list[tuple[float, str, Any]] = []
+    for place, (leaf, points) in enumerate(curves.items()):
+        color = colors.get(names[leaf], others[place % len(others)])
+        line(ax, points, color, width=1.8 if len(curves) <= 14 else 0.8)
+        last = percent(points[-1][1]) if panel.share else metric("loss", points[-1][1])
+        ends.append((points[-1][1], f"{names[leaf]}: {last}" if len(curves) > 1 else last, color))
+    if panel.share:
+        top = max(1e-3, ax.get_ylim()[1])
+        ax.set_ylim(-0.02 * top, top)  # no mountains out of rounding errors
+        percents(ax.yaxis)
+    elif panel.decades:
+        in_decades(ax)
+    return ends if len(ends) <= 14 else []
+
+
+def percent(share: float) -> str:
+    return "< 0.001%" if 0 < share < 1e-5 else f"{100 * share:.3g}%"
+
+
 PLOTS: dict[str, Callable[[Story], Figure | None]] = {
     "learning": learning,
     "clients": clients,

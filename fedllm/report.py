@@ -53,11 +53,15 @@ def write(run: Path) -> Path:
 
 def text(story: Story, drawn: Sequence[str]) -> str:
     """The report in Markdown."""
+    served = bool(story.curve("telemetry", "served_error"))
     sections = [
         ("", [f"# {safe(str(story.summary.get('title') or story.name))}", facts(story)]),
         (
             "Result",
-            [summary_table(story.summary), gain(story.summary), *notes(story.summary), picture("learning", drawn)],
+            [
+                *(summary_table(story.summary), gain(story.summary), *notes(story.summary)),
+                *(picture("learning", drawn), TIMES * bool(story.curve("train_loss") and story.curve("eval", "loss"))),
+            ],
         ),
         ("Who trained what", [*who(story), picture("data", drawn), picture("clients", drawn)]),
         ("Clients' own models", [own_table(story), picture("own", drawn), picture("tsne", drawn)]),
@@ -66,7 +70,7 @@ def text(story: Story, drawn: Sequence[str]) -> str:
         ("Refused updates", [remarks(story, "refused")]),
         ("Averaged, but odd", [remarks(story, "suspect")]),
         ("Bytes", [picture("traffic", drawn)]),
-        ("Telemetry", [picture("telemetry", drawn), picture("conditioning", drawn)]),
+        ("Telemetry", [picture("telemetry", drawn), IDEAL * served, picture("conditioning", drawn)]),
         ("Settings", [settings(story.recipe)]),
         ("Command", [command(story.recipe)]),
     ]
@@ -82,9 +86,9 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def best_of(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    """The best value of a column, None where there is nothing to compare or no better and worse."""
+    """The best value of a column, None where all look the same or there is no better and worse."""
     values = [value for row in rows if (value := number(row.get(key))) is not None]
-    if len(values) < 2 or not (lower_is_better(key) or is_fraction(key)):
+    if len({metric(key, value) for value in values}) < 2 or not (lower_is_better(key) or is_fraction(key)):
         return None
     return min(values) if lower_is_better(key) else max(values)
 
@@ -129,12 +133,14 @@ def facts(story: Story) -> str:
     ranks = sorted({member.rank for member in story.members if member.rank})
     levels = list(dict.fromkeys(member.level for member in story.members if member.level))
     clients = f"{len(story.members)} client{'s' * (len(story.members) != 1)}"
+    if 0 < story.took_part < len(story.members):
+        clients = f"{story.took_part} of {clients} took part,"
     if levels:
         clients += f" of level {safe(', '.join(levels))}"
     elif ranks:
         clients += f" of rank {ranks[0]}" if len(ranks) == 1 else f" of ranks {ranks[0]} to {ranks[-1]}"
     named = [at(story.recipe, part, "name") for part in ("algorithm", "model", "data")]
-    parts = [f"{len(story.rounds)} round{'s' * (len(story.rounds) != 1)}", clients]
+    parts = [f"{len(story.rounds)} round{'s' * (len(story.rounds) != 1)}", clients.removesuffix(",")]
     parts += [f"`{code(str(name))}`" for name in named if name]
     seconds = sum(value for _, value in story.curve("seconds"))
     parts += [f"in {span(seconds)}"] if seconds else []
@@ -361,15 +367,25 @@ def picture(name: str, drawn: Sequence[str]) -> str:
 ASKED = ("tsne",)
 """Plots that another command makes, which needs more than the folder's records."""
 
+TIMES = (
+    "Training is the mean over a round's steps, before the average; held out is measured after it, and may look better."
+)
+IDEAL = (
+    "The error of what is served is its distance from the ideal: the mean of the clients' steps (of adapters: as "
+    "products), upon what was served before. FedIT's cross terms, zero-padding's dilution and what FlexLoRA cuts off "
+    "and no client returns are such errors, and add up over the rounds; FedHL and FLoRA have none but rounding."
+)
+"""What a picture cannot say of itself."""
+
 ALT = {
     "learning": "Loss and score by round, against the base model",
     "clients": "Train loss of each client by round, coloured by rank or level",
     "own": "Scores of the clients' own models, a box for all and for each rank or level",
     "tsne": "What the clients' networks make of their test examples, in two dimensions (t-SNE)",
-    "data": "Rows and label mix of each client",
+    "data": "Rows of each client, by label where they have labels",
     "ranks": "Weights by rank or level and client, and truncation error",
     "traffic": "Bytes down and up, by round and by rank or level",
-    "telemetry": "Other measurements by round",
+    "telemetry": "Why a rule loses: error of what is served, truncation, ranks, drift of the clients, by round",
     "conditioning": "Smallest singular value of each layer by round",
 }
 

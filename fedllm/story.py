@@ -74,6 +74,11 @@ class Story:
         return {kind: list(group) for kind, group in groupby(self.members, key=lambda member: member.kind)}
 
     @property
+    def took_part(self) -> int:
+        """How many clients trained in any of the rounds."""
+        return len({id for rnd in self.rounds for id in mapping(rnd.get("clients")) or mapping(rnd.get("weights"))})
+
+    @property
     def sorted_by(self) -> str:
         """How a title says what tells the clients apart."""
         if any(member.level for member in self.members):

@@ -10,51 +10,37 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedllm.client_plots import kind_ticks, name_ticks
-from fedllm.drawing import INK, UP, by_round, colors_of, label_ends, line, merged, names_above, panels, percents
+from fedllm.drawing import INK, UP, by_round, colors_of, kind_lines, label_ends, names_above, panels, percents
 from fedllm.story import Member, Story, map_numbers, mapping
 
 
 def ranks(story: Story) -> Figure | None:
     """The share of each client, and rank or level, in the average, and what truncation cuts off."""
     weighed = [m for m in story.members if story.curve("weights", m.id)]
-    errors = {
-        kind: merged((story.curve("truncation_error", member.id) for member in group), fmean)
-        for kind, group in story.by_kind().items()
-    }
-    errors = {kind: points for kind, points in errors.items() if points}
+    errors = {member.id: story.curve("truncation_error", member.id) for member in story.members}
     cut = any(value > 0 for points in errors.values() for _, value in points)
     if not weighed and not cut:
         return None
     colors = colors_of(member.kind for member in story.members)
     figure, axes = panels(2 * bool(weighed) + cut, width=4.6)
     if weighed:
-        weights_by_round(axes[0], story, colors)
+        weights_by_round(axes[0], story)
         weights_by_client(axes[1], story, weighed, colors)
     if cut:
         ax = axes[-1]
         ax.set_title(f"Truncation error{story.sorted_by}")
         ax.set_ylabel("Frobenius norm of what is cut off")
-        for kind, points in errors.items():
-            line(ax, points, colors[kind])
+        ends = kind_lines(ax, story, errors)
         ax.set_ylim(bottom=0)
         by_round(ax, story)
-        label_ends(ax, [(points[-1][1], kind, colors[kind]) for kind, points in errors.items()])
+        label_ends(ax, ends)
     return figure
 
 
-def weights_by_round(ax: Axes, story: Story, colors: Mapping[str, Any]) -> None:
+def weights_by_round(ax: Axes, story: Story) -> None:
     ax.set_title(f"Weight of one client{story.sorted_by}")
     ax.set_ylabel("share in the average")
-    ends = []
-    for kind, group in story.by_kind().items():
-        curves = [points for member in group if (points := story.curve("weights", member.id))]
-        if not curves:
-            continue
-        middle, low, high = merged(curves, fmean), merged(curves, min), merged(curves, max)
-        rounds = [index for index, _ in middle]
-        ax.fill_between(rounds, [v for _, v in low], [v for _, v in high], color=colors[kind], alpha=0.15, lw=0)
-        line(ax, middle, colors[kind])
-        ends.append((middle[-1][1], kind or "mean", colors[kind]))
+    ends = kind_lines(ax, story, {member.id: story.curve("weights", member.id) for member in story.members})
     sizes = {len(mapping(rnd.get("weights"))) for rnd in story.rounds} - {0}
     if len(sizes) == 1:
         equal = 1 / sizes.pop()
@@ -81,18 +67,20 @@ def weights_by_client(ax: Axes, story: Story, weighed: Sequence[Member], colors:
     starts, ends = [place - 0.42 for place in places], [place + 0.42 for place in places]
     by = story.sorted_by.removeprefix(", by ")
     ax.set_title("Mean weight of each client")
+    part = f"{len(weighed)} of {len(story.members)} clients were averaged" * (len(weighed) < len(story.members))
     if many:
         ax.bar(range(len(members)), weights, 1.0, color=shades)
         ax.hlines(shares, starts, ends, color=UP, lw=1.8)
         percents(ax.yaxis)
         ax.set_ylabel("share in the average")
         kind_ticks(ax, members)
+        ax.set_xlabel(part or ax.get_xlabel())
     else:
         ax.barh(range(len(members)), weights, 0.72, color=shades)
         ax.vlines(shares, starts, ends, color=UP, lw=2)
         percents(ax.xaxis)
         name_ticks(ax, members)
-        ax.set_xlabel("share in the average")
+        ax.set_xlabel(", ".join(filter(None, ["share in the average", part])))
     if known:
         names_above(ax, [("weight" + f", in the colour of the {by}" * bool(by), shades[0]), ("share of the rows", UP)])
 

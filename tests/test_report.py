@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from fedllm import client_plots, plots, report, story
+from fedllm import client_plots, plots, report, story, weight_plots
 from fedllm.core import FedError
 from fedllm.plots import draw
 from fedllm.report import print_summary, summary_table, write
@@ -264,7 +264,7 @@ def test_no_number_makes_the_plots_crash(tmp_path, value):
         "train_loss": value,
         "bytes_down": value,
         "eval": {"loss": value, "exact_match": value},
-        "telemetry": {"x": value},
+        "telemetry": {"x": value, "truncation": {"4": value}, "singular_values": {"1": value}, "drift": {"c0": value}},
     }
     record["clients"]["c0"]["train_loss"] = value
     record["clients"]["c1"] = value
@@ -278,8 +278,99 @@ def test_no_number_makes_the_plots_crash(tmp_path, value):
 def test_the_error_of_what_is_served_is_summed_over_the_rounds(tmp_path):
     """0.25 in each of four rounds: 0.25, 0.5, 0.75, 1 in the panel, under a title in words."""
     figure = plots.telemetry(story.read(make_run(tmp_path / "demo", 4, 4)))
-    panel = next(ax for ax in figure.axes if ax.get_title() == plots.TELEMETRY["served_error"])
+    panel = next(ax for ax in figure.axes if ax.get_title() == plots.TELEMETRY["served_error"].title)
     assert [list(line.get_ydata()) for line in panel.get_lines()] == [[0.25] * 4, [0.25, 0.5, 0.75, 1.0]]
+
+
+def without(run: Path, index: int, *absent: str) -> Path:
+    """The run, had these clients not been drawn in round ``index``."""
+    records = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    for part in ("weights", "truncation_error", "clients"):
+        records[index - 1][part] = {id: v for id, v in records[index - 1][part].items() if id not in absent}
+    records[index - 1]["telemetry"]["drift"] = dict.fromkeys(records[index - 1]["clients"], 0.1)
+    (run / "rounds.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return run
+
+
+def rounds_drawn(ax: Any) -> set[tuple[float, ...]]:
+    """The rounds of every stretch of line in a panel."""
+    return {tuple(line.get_xdata()) for line in ax.get_lines() if len(line.get_xdata()) and line.get_linestyle() == "-"}
+
+
+@pytest.mark.parametrize(("clients", "absent"), [(4, ["c1"]), (12, ["c1", "c5", "c9"])])
+def test_no_line_crosses_a_round_in_which_no_client_of_its_kind_took_part(tmp_path, clients, absent):
+    """Rank 8 is away in round 3 of 5: wherever clients or ranks have lines, one ends at 2 and goes on at 4."""
+    told = story.read(without(make_run(tmp_path / "demo", 5, clients), 3, *absent))
+    panels = [*client_plots.clients(told).axes, *plots.telemetry(told).axes[:1], *weight_plots.ranks(told).axes[::2]]
+    assert [ax.get_title() for ax in panels] == [
+        "Train loss of each client, by rank", "Drift of one client in a round, by rank",
+        "Weight of one client, by rank", "Truncation error, by rank",
+    ]  # fmt: skip
+    for ax in panels:
+        assert {line for line in rounds_drawn(ax) if line != (0, 1)} == {(1, 2, 3, 4, 5), (1, 2), (4, 5)}, (
+            ax.get_title()
+        )
+
+
+def test_many_clients_drift_is_the_mean_of_each_rank_in_a_band(tmp_path):
+    """Nine clients: ranks 4, 8, 16, 32 have 3, 2, 2, 2; those of rank 4 moved 0, 4 and 8."""
+    run = make_run(tmp_path / "demo", 1, 9)
+    record = json.loads((run / "rounds.jsonl").read_text())
+    record["telemetry"] = {"drift": {f"c{i}": float(i) for i in range(9)}}
+    (run / "rounds.jsonl").write_text(json.dumps(record))
+    (ax,) = plots.telemetry(story.read(run)).axes
+    assert [line.get_ydata()[0] for line in ax.get_lines()] == [4.0, 3.0, 4.0, 5.0]
+    assert [band.get_datalim(ax.transData).intervaly.tolist() for band in ax.collections][0] == [0.0, 8.0]
+    assert [text.get_text() for text in ax.texts] == ["rank 8", "rank 4", "rank 16", "rank 32"]
+    assert ax.get_ylabel() == "norm of its step\n(mean; band: from least to most)"
+
+
+def test_telemetry_says_what_its_numbers_are(tmp_path):
+    run = make_run(tmp_path / "demo", 2, 4)
+    measured = {"served_error": 2e-7, "truncation": {"1": 0.443, "8": 0.0}, "singular_values": {"1": 0.5, "4": 0.002}}
+    records = [a_round(i, 2, {"c0": 4, "c1": 8}) | {"telemetry": measured} for i in (1, 2)]
+    (run / "rounds.jsonl").write_text("\n".join(map(json.dumps, records)))
+    served, truncation, values = plots.telemetry(story.read(run)).axes
+    told = [{text.get_text() for text in ax.texts} for ax in (served, truncation, values)]
+    assert told == [
+        {"in the round: < 0.001%", "added up so far: < 0.001%"},
+        {"rank 1: 44.3%", "rank 8: 0%"},
+        {"place 1: 0.500", "place 4: 0.002"},
+    ]
+    assert served.get_ylim()[1] >= 1e-3, "rounding errors look like errors"
+    assert truncation.get_ylabel() == "share of its norm"
+    assert values.get_yscale() == "log"
+
+
+@pytest.mark.parametrize("clients", [3, 30])
+def test_rows_are_counted_in_whole_numbers(tmp_path, clients):
+    run = make_run(tmp_path / "demo", 1, clients, labels=0)
+    split = {f"c{i}": {"rows": 2 + i % 2, "rank": 4} for i in range(clients)}
+    (run / "partition.json").write_text(json.dumps({"clients": split}))
+    text = everything(run)
+    assert "![Rows of each client, by label where they have labels](plots/data.png)" in text
+    (ax,) = client_plots.data(story.read(run)).axes
+    ticks = (ax.yaxis if clients == 30 else ax.xaxis).get_majorticklocs()
+    assert len(ticks) > 2 and all(tick == int(tick) for tick in ticks)
+    assert ax.get_title() == "Rows of each client"
+
+
+def test_where_all_models_look_the_same_none_is_the_best():
+    rows = [{"name": "base", "loss": 2.0, "exact_match": 0.0}, {"name": "ours", "loss": 1.0, "exact_match": 0.0001}]
+    assert summary_table({"rows": rows}).splitlines()[2:] == ["| base | 2.000 | 0.0% |", "| ours | **1.000** | 0.0% |"]
+
+
+def test_clients_that_were_never_drawn_are_told_apart(tmp_path):
+    run = without(make_run(tmp_path / "demo", 1, 20), 1, "c3")
+    assert "\n\n1 round · 19 of 20 clients took part, of ranks 4 to 32 · " in words(run)
+    assert weight_plots.ranks(story.read(run)).axes[1].get_xlabel() == "19 of 20 clients were averaged"
+
+
+def test_the_two_losses_of_a_round_are_told_apart(tmp_path):
+    run = make_run(tmp_path / "demo", 2, 4)
+    assert report.TIMES in words(run) and report.IDEAL in words(run)
+    (run / "rounds.jsonl").write_text('{"round": 1, "train_loss": 1.0}')
+    assert report.TIMES not in words(run) and report.IDEAL not in words(run)
 
 
 def test_drawing_leaves_matplotlib_as_it_was_and_makes_no_pyplot(tmp_path):
