@@ -106,7 +106,8 @@ class Compressed(Algorithm):
     feedback, Seide et al., 2014; Karimireddy et al., 2019), so that over the rounds nothing is lost. The remembered
     residual ``R`` is a product, for the factors it was taken from are gone: rules may cut new ones every round. What
     rows and columns of this upload can carry of it goes along, ``(B + R A^+)(A + B^+ R (1 - A^+ A))``; the rest waits.
-    Where every round draws fresh rows (FLoRA) that is little, and most of R is lost as without feedback.
+    Where every round draws fresh rows (FLoRA) that is little, and most of R is lost as without feedback. What is no
+    update of a weight, such as mFedLoRU's factors of factors, is rounded without feedback.
 
     Down: a rounded ``S_i`` is what the client trains from, and no less good a start; but a rule that puts the returned
     in place of what it had would average the rounding into its state. The server knows what it would have sent, so it
@@ -180,14 +181,29 @@ class Compressed(Algorithm):
 
 
 def fed_back(M: LowRank, residual: LowRank | None, precision: Precision) -> tuple[LowRank, LowRank]:
-    """What to send for ``M`` when ``residual`` is still owed, packed; and what is owed from now on, of M's rank."""
-    owed = M if residual is None else M + residual
+    """What to send for ``M`` when ``residual`` is still owed, packed; and what is owed from now on, of M's rank.
+
+    Of M, M with what its rows, its columns and both can carry of the residual, the one that leaves the least. Carried
+    by both, the cross term ``B^+ R`` times ``R A^+`` is of the size ``|R|^2 / s_min(M)``: nothing beside a good M, and
+    more than all of R where M is small or nearly of lower rank, where it would come back larger every round.
+    """
+    owed, tries = M, [M]
     if residual is not None:
+        owed = M + residual
         by_rows = _shares(M.A, residual.A)  # R.A = by_rows A + a rest: (rank R, r)
         by_columns = _shares(M.B.T, residual.B.T)  # (rank R, r)
-        M = LowRank(M.B + residual.B @ by_rows, M.A + by_columns.T @ (residual.A - by_rows @ M.A))
-    sent = _packed(M, precision)
+        B, A = M.B + residual.B @ by_rows, M.A + by_columns.T @ residual.A
+        both = LowRank(B, M.A + by_columns.T @ (residual.A - by_rows @ M.A))
+        tries = [both, LowRank(B, M.A), LowRank(M.B, A), M]
+    sent = min((_packed(each, precision) for each in tries), key=lambda each: _left(owed, each))
     return sent, (owed - _opened(sent)).truncate(M.rank)
+
+
+def _left(owed: LowRank, sent: LowRank) -> float:
+    """``|| owed - sent ||_F``; infinite where the precision cannot hold what was to be sent."""
+    opened = _opened(sent)
+    finite = bool(torch.isfinite(opened.B).all() and torch.isfinite(opened.A).all())
+    return (owed - opened).norm() if finite else float("inf")
 
 
 def _shares(rows: Tensor, others: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ from fedllm.inference import Sampling, batches, continue_batch, row_losses
 from fedllm.models import language
 from fedllm.models.language import LanguageModel
 from fedllm.nearest import nearest
-from fedllm.rows import Encoded, encode
+from fedllm.rows import Encoded, encode, tokens
 from fedllm.sandbox import require
 from fedllm.tasks import TEXTS
 from fedllm.tasks.code import HumanEval
@@ -190,7 +190,7 @@ def evaluate(task_name: str | None, arguments: Sequence[str]) -> Path:
     out = Path(settings.output) if settings.output else default_output(settings, task_name)
     prepare(out, receipts, settings.overwrite, processes)
     encoded = encode(tokenizer, [task.prompt(r) for r in rows], [task.target(r) for r in rows], settings.max_length)
-    prompts = tokenizer([task.prompt(row) for row in rows])["input_ids"]
+    prompts = tokens(tokenizer, [task.prompt(row) for row in rows])
     plan = planned(settings, [len(ids) for ids in prompts], encoded)
     before = done_before(out)
     processes.wait()  # all have read what was there before any of them writes

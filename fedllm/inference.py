@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedllm.rows import Encoded
+from fedllm.rows import Encoded, tokens
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def generate(
     Args:
         stop: an answer may end where one of these has been written; what follows in it is not to be relied on.
     """
-    ids = tokenizer(list(prompts))["input_ids"]
+    ids = tokens(tokenizer, prompts)
     answers: dict[int, str] = {}
     for chosen in batches([len(prompt) for prompt in ids], batch_size):
         texts = continue_batch(model, tokenizer, [ids[i] for i in chosen], max_new_tokens, stop)
@@ -94,7 +95,7 @@ def continue_batch(
         how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     if stop:
         how["stopping_criteria"] = _stopping(tokenizer, stop, batch.shape[1])
-    with torch.random.fork_rng():
+    with _plainly(model), torch.random.fork_rng():
         torch.manual_seed(sampling.seed if sampling else 0)
         made = model.generate(
             input_ids=batch,
@@ -105,6 +106,27 @@ def continue_batch(
             **how,
         )
     return tokenizer.batch_decode(made[:, batch.shape[1] :], skip_special_tokens=True)
+
+
+@contextmanager
+def _plainly(model: Any) -> Iterator[None]:
+    """Without the generation settings that a model was published with.
+
+    A repetition penalty among them would change greedy answers, and what is passed to ``generate`` is filled up from
+    them. PEFT's wrapper hands its own to the model inside.
+    """
+    from peft import PeftModel
+    from transformers import GenerationConfig
+
+    owners = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
+    published = [owner.generation_config for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = GenerationConfig()
+        yield
+    finally:
+        for owner, settings in zip(owners, published, strict=True):
+            owner.generation_config = settings
 
 
 def _stopping(tokenizer: Any, stop: Sequence[str], prompt: int) -> Any:

@@ -337,7 +337,7 @@ def describe(
     return {
         "kind": kind,
         "seed": seed,
-        "dropped_rows": n - sum(len(part) for part in parts),
+        "undealt_rows": n - sum(len(part) for part in parts),
         "clients": {
             client.id: {"rows": len(part), "rank": client.rank, "labels": _mix(part, labels)}
             | ({"level": client.level} if client.level else {})

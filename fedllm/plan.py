@@ -68,6 +68,8 @@ def show(recipe: Recipe, plan: dict[str, Any], console: Console) -> None:
         console.print(
             f"{totals['dropped_rows']} rows lose their whole completion to worker.max_length and are left out."
         )
+    if totals["undealt_rows"]:
+        console.print(f"{totals['undealt_rows']} rows are dealt to nobody by the partition.")
     console.print(
         f"steps, tokens and bytes are a round's (round 1; memory is estimated); "
         f"{size(totals['run_bytes'])} over the wire in the whole run, at that rate",

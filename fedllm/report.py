@@ -187,8 +187,9 @@ def who(story: Story) -> list[str]:
     if partition.get("kind"):
         dealt.append(f"Data split: {safe(str(partition['kind']))}")
     dealt += [f"seed {partition['seed']}"] if number(partition.get("seed")) is not None else []
-    dropped = number(partition.get("dropped_rows"))
-    dealt += [f"{metric('rows', dropped)} rows dropped"] if dropped else []
+    for key, fate in (("dropped_rows", "cut off by max_length"), ("undealt_rows", "dealt to nobody")):
+        count = number(partition.get(key))
+        dealt += [f"{metric('rows', count)} rows {fate}"] if count else []
     each = [done(story, member) for member in story.members]
     by = story.by_kind()
     kind = "level" if any(member.level for member in story.members) else "rank"

@@ -28,9 +28,16 @@ def encode(tokenizer: Any, prompts: Sequence[str], completions: Sequence[str], m
     """
     eos = tokenizer.eos_token or ""
     completions = [text if text.endswith(eos) else text + eos for text in completions]
-    heads = tokenizer(list(prompts))["input_ids"]
-    wholes = tokenizer([prompt + text for prompt, text in zip(prompts, completions, strict=True)])["input_ids"]
+    heads = tokens(tokenizer, prompts)
+    wholes = tokens(tokenizer, [prompt + text for prompt, text in zip(prompts, completions, strict=True)])
     return [_labelled(head, whole, max_length) for head, whole in zip(heads, wholes, strict=True)]
+
+
+def tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each text, without the end of sequence that some tokenizers append: a prompt is to be continued."""
+    ids = tokenizer(list(texts))["input_ids"]
+    appended = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
+    return [of[:-1] for of in ids] if appended else ids
 
 
 def _labelled(head: list[int], whole: list[int], max_length: int) -> Encoded:

@@ -39,7 +39,8 @@ def measure(algorithm: Algorithm, before: Tensors, after: Tensors, replies: Sequ
     - ``served_error``: ``|| W' - T ||_F / || T ||_F`` over the whole model, ``W'`` what is served now and
       ``T = W + sum p_i (M_i - S_i)`` what is ideal: the mean of the clients' steps as products, from ``S_i`` (sent) to
       ``M_i`` (returned), upon what was served before. It is FedIT's cross terms, zero-padding's dilution, and what
-      FlexLoRA's truncation cut off and no client returned; FedHL, FLoRA have none.
+      FlexLoRA's truncation cut off and no client returned; FedHL, FLoRA have none. In FedLoRU's rounds that begin with
+      an accumulation, ``reset: momentum`` adds the last adapter a second time, and that step is in it too.
     - ``truncation``: by rank ``r``, ``|| W' - W'^(r) ||_F / || W' ||_F``.
     - ``rank``: ``stable``, ``|W'|_F^2 / s_1^2``, and ``effective``, the exponential of the entropy of
       ``s_j^2 / |W'|_F^2`` (what lies beyond the known ``s_j`` counts as few directions as can be); means over modules.
@@ -115,15 +116,15 @@ class Spectrum:
 
 
 def spectrum(state: Tensors, name: str, W: LowRank | Tensor, X: Mapping[int, Tensor]) -> Spectrum:
-    """What the rule keeps of it anyway (``top/`` and ``error/``), an SVD where that is small, or else an estimate.
+    """An SVD where that is small, what the rule keeps of it anyway (``top/`` and ``error/``), or else an estimate.
 
     The estimate projects W onto its sketch's span: its singular values are no larger than the true ones.
     """
+    if isinstance(W, LowRank) and W.rank <= WIDEST:
+        return Spectrum(W.balanced().B.norm(dim=0).double().square(), 0.0)
     if f"top/{name}" in state and f"error/{name}" in state:
         top = state[f"top/{name}"]
         return Spectrum(top.B.norm(dim=0).double() * top.A.norm(dim=1).double(), float(state[f"error/{name}"][-1]))
-    if isinstance(W, LowRank) and W.rank <= WIDEST:
-        return Spectrum(W.balanced().B.norm(dim=0).double().square(), 0.0)
     Y = sketch(W, X[W.shape[1]])
     Q = torch.linalg.qr(Y).Q  # (d_out, m)
     Z = (Q.T @ _compute(W.B)) @ _compute(W.A) if isinstance(W, LowRank) else Q.T @ _compute(W)

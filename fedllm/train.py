@@ -190,6 +190,12 @@ def _begun(recipe: recipes.Recipe, federation: Any) -> Checkpoint:
         raise FedError(
             f"run.rounds={run.rounds}, and the run in {out} has {done.index} rounds: it cannot be made shorter."
         )
+    before = done.page["run"]["rounds"] if done else run.rounds
+    if before != run.rounds:
+        follows = (
+            "what changes over the rounds, such as a learning rate's schedule, follows the new number from here on."
+        )
+        print(f"fedllm: run.rounds is {run.rounds} now and was {before}: {follows}", file=sys.stderr)
     known = out / "rounds.jsonl"
     if run.resume and done is None and known.is_file() and known.stat().st_size:
         raise FedError(f"{out} has rounds and no checkpoint to resume from: run.overwrite=true starts anew.")

@@ -208,6 +208,26 @@ def test_feedback_brings_back_what_rounding_took(rule: Algorithm) -> None:
     assert distance(lost, way) > 0.7 and distance(kept, way) < 0.4, (distance(lost, way), distance(kept, way))
 
 
+@pytest.mark.parametrize("precision", ["int8", "float16"])
+@pytest.mark.parametrize("spectrum", [(1, 1e-2, 1e-4, 1e-5), (1, 1e-3, 1e-6, 1e-7), (1e-3, 1e-3, 1e-3, 1e-3)])
+def test_what_is_owed_stays_small_where_little_can_carry_it(precision: Any, spectrum: tuple[float, ...]) -> None:
+    """Uploads that are nearly of lower rank, or a thousandth of those before: the debt never exceeds the first one's.
+
+    Carried by rows and columns at once, it came back multiplied every round.
+    """
+    rng = Round(1, 3).rng("owed")
+    U, V = (torch.linalg.qr(torch.randn(n, 4, generator=rng)).Q for n in (40, 30))
+    first = LowRank(U, V.T)  # four directions of length 1
+    _, residual = fed_back(first, None, precision)
+    root = torch.tensor(spectrum).sqrt()
+    M, most = LowRank(U * root, root[:, None] * V.T), residual.norm()
+    for _ in range(12):
+        sent, residual = fed_back(M, residual, precision)
+        one_rounding = fed_back(M, None, precision)[1].norm()
+        assert residual.norm() <= 1.01 * (most + one_rounding)
+        assert (opened({"M": sent})["M"] - M).norm() <= 2.5 * (most + one_rounding)
+
+
 @pytest.mark.parametrize("rule", [FedIT(), FlexLoRA(), FedHL(), FedLoRU()], ids=lambda rule: type(rule).__name__)
 def test_rounding_a_download_moves_nothing(rule: Algorithm) -> None:
     """Clients that return what arrived: 30 rounds of eight bits down leave W where full precision leaves it, to 1e-4.

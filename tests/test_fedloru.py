@@ -460,7 +460,7 @@ def test_it_trains_and_an_accumulation_leaves_the_function_alone(
 
 
 def test_nested_training_touches_nothing_else(pico: SFTWorker) -> None:
-    """B and A stay, PEFT's modules are as they were, and a step of 0 returns what was given, the scale included."""
+    """B and A stay, PEFT's modules are as they were, and a step of 0 returns what was given, the scale folded in."""
     rule, client = MFedLoRU(rank=8), Client("a", 12, 2)
     rnd = Round(1, SEED)
     sent = rule.download(rule.init(pico_model(), [client]), client, rnd)
@@ -480,11 +480,25 @@ def test_nested_training_touches_nothing_else(pico: SFTWorker) -> None:
     starts = {f"{f}/{n}": LowRank(torch.randn(x.shape[0], 2), torch.randn(2, x.shape[1]))
               for n, M in adapters.items() for f, x in (("B", M.B), ("A", M.A))}  # fmt: skip
     back, _, _ = still.of(Client("a", 2, 2)).train(adapters, {}, rnd, nested=starts)
-    close(back, starts, 1e-6)
+    close(back, {key: M * (7 / 8 if key.startswith("B/") else 1.0) for key, M in starts.items()}, 1e-6)
+
+
+@pytest.mark.parametrize("alpha", ["1r", "16r"])
+def test_nested_factors_start_at_one_size_whatever_the_scale(alpha: str) -> None:
+    """B_d is drawn as Linear draws it, in the units that train: after a step of 0 it is that times the scale."""
+    encoded = encode(tokenizer(PICO), ["a b c"] * 2, [" d"] * 2, 64)
+    settings = SFT(steps=1, learning_rate=0.0, alpha=alpha)
+    worker = SFTWorker(settings, load(PICO, torch.device("cpu"), 0), tokenizer(PICO), {"a": encoded}, 1)
+    rule, client = MFedLoRU(rank=8), Client("a", 2, 2)
+    sent = rule.download(rule.init(pico_model(), [client]), client, Round(1, SEED))
+    returned, _, _ = rule.local(worker.of(client), sent, {}, Round(1, SEED))
+    for name in arrived(sent):
+        largest = float(returned[f"B/{name}"].B.abs().max())
+        assert 0.9 * 2**-0.5 < largest / settings.scale(8) <= 2**-0.5  # uniform within r_i ** -0.5
 
 
 def test_nested_training_computes_the_sum() -> None:
-    """At a step of 0 the loss is that of adapters with ``B + B_d B_u`` and ``A + A_d A_u`` in place."""
+    """At a step of 0 the loss is that of adapters with ``B + s B_d B_u``, s = 2, and ``A + A_d A_u`` in place."""
     encoded = encode(tokenizer(PICO), ["Question: 7 + 1?\nAnswer:"] * 4, [" 8"] * 4, 64)
     still = SFTWorker(
         SFT(steps=1, learning_rate=0.0, batch_size=4),
@@ -501,7 +515,9 @@ def test_nested_training_computes_the_sum() -> None:
     adapters = {name: drawn(W.shape[0], 4, W.shape[1]) for name, W in pico_model().weights.items()}
     nested = {f"B/{n}": drawn(M.shape[0], 2, 4) for n, M in adapters.items()}
     nested |= {f"A/{n}": drawn(4, 2, M.shape[1]) for n, M in adapters.items()}
-    summed = {n: LowRank(M.B + nested[f"B/{n}"].dense(), M.A + nested[f"A/{n}"].dense()) for n, M in adapters.items()}
+    summed = {
+        n: LowRank(M.B + 2 * nested[f"B/{n}"].dense(), M.A + nested[f"A/{n}"].dense()) for n, M in adapters.items()
+    }
     seat = still.of(Client("a", 4, 2))
     whole, inner, plain = (
         seat.train(summed, {}, rnd)[2]["train_loss"],

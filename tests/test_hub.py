@@ -40,7 +40,7 @@ from fedllm.workers.text import TextFederation
 page, repo, whole, out = sys.argv[1:]
 federation = TextFederation(load([f"recipe={page}"]))
 recipe = federation.recipe
-rows, pad = federation.encode_test(), federation.tokenizer.pad_token_id
+rows, pad = federation.scored, federation.tokenizer.pad_token_id
 base = lambda: load_base(recipe.model, torch.device("cpu"), recipe.run.seed)
 models = {
     "adapter": PeftModel.from_pretrained(base(), repo).eval(),

@@ -18,6 +18,7 @@ from fedllm.models.lowrank_conv import (
     folded,
     freeze,
     merge,
+    nested_in,
     pairs_of,
     plain,
     start,
@@ -204,24 +205,25 @@ def test_an_ordinary_network_has_matrices_and_products_in_its_weights():
 
 
 def test_nested_products_are_factors_with_what_is_added_to_them():
-    """(B + B_d B_u)(A + A_d A_u), whatever alpha: LoRA's scale is in B and in B_d."""
+    """s (B / s + B_d B_u)(A + A_d A_u), s = 7 / 4: given before LoRA's scale, returned with it in B_d."""
     model, x = network(), images()
     products = {name: product(start(1).shape, 4, i) for i, (name, start) in enumerate(model.frozen.items())}
     nested = {f"B/{name}": product((M.shape[0], 4), 2, 1) for name, M in products.items()}
     nested |= {f"A/{name}": product((4, M.shape[1]), 2, 2) for name, M in products.items()}
     summed = {
-        name: LowRank(M.B + nested[f"B/{name}"].dense(), M.A + nested[f"A/{name}"].dense())
+        name: LowRank(M.B + 7 / 4 * nested[f"B/{name}"].dense(), M.A + nested[f"A/{name}"].dense())
         for name, M in products.items()
     }
     whole = plain(model, {name: W for name, W in model.weights.items() if name not in model.frozen})
-    weights = whole | unfolded(products, 7.0) | unfolded(nested, 7.0)
+    weights = whole | unfolded(products, 7.0) | nested_in(nested)
     ours = fitted(model.make(), weights, {"shared": 7.0}, frozen=model.frozen).eval()
     theirs = fitted(model.make(), whole | unfolded(summed, 7.0), {"shared": 7.0}).eval()
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-3, atol=1e-4)
     for key, M in folded(ours.state_dict(), nested, 7.0).items():
-        torch.testing.assert_close((M.B, M.A), (nested[key].B, nested[key].A))
+        scale = 7 / 4 if key.startswith("B/") else 1.0
+        torch.testing.assert_close((M.B, M.A), (scale * nested[key].B, nested[key].A))
     trains = {name for name, _ in ours.named_parameters() if "shared" in name}
-    assert trains == {n for key in nested for n in unfolded({key: nested[key]}, 7.0)}
+    assert trains == {n for key in nested for n in nested_in({key: nested[key]})}
 
 
 def test_only_convolutions_are_adapted():

@@ -84,7 +84,7 @@ def test_every_row_goes_to_one_client_at_most_and_a_seed_settles_it(rule, given_
         assert [len(part) for part in parts] == [len(part) for part in alike]
     assert parts == rule.split(labels, len(labels), clients(ranks), seed)
     told = describe("kind", parts, labels, len(labels), clients(ranks), seed)
-    assert sum(client["rows"] for client in told["clients"].values()) + told["dropped_rows"] == len(labels)
+    assert sum(client["rows"] for client in told["clients"].values()) + told["undealt_rows"] == len(labels)
     assert all(sum(client["labels"].values()) == client["rows"] for client in told["clients"].values())
 
 
@@ -238,7 +238,7 @@ def test_what_a_partition_says_of_itself_is_plain_json():
     assert json.loads(json.dumps(told)) == {
         "kind": "blocks",
         "seed": 7,
-        "dropped_rows": 2,
+        "undealt_rows": 2,
         "clients": {
             "c0": {"rows": 2, "rank": 4, "labels": {"2": 1, "10": 1}},
             "c1": {"rows": 1, "rank": 8, "labels": {"10": 1}},

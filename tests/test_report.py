@@ -117,7 +117,7 @@ def test_the_report_says_what_happened(tmp_path):
     )
     assert "Federated against the base model: loss -1.390, exact match +57.5 points." in text
     assert "- 80 held-out problems." in text
-    assert "Data split: dirichlet, seed 7, 3 rows dropped." in text
+    assert "Data split: dirichlet, seed 7, 3 rows cut off by max_length." in text
     assert rows_under(text, "Rounds") == [
         ["1", "0.735", "–", "–", "4", "60.0 kB", "54.0 kB", "42 s"],
         ["2", "0.475", "0.575", "50.0%", "4", "60.0 kB", "54.0 kB", "42 s"],

@@ -5,14 +5,17 @@ import gc
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from fedllm.algorithms import LOW_RANK
 from fedllm.core import Client, FedError, Model, Reply, Round
 from fedllm.inference import generate, held_out_loss
 from fedllm.lowrank import LowRank, fill
 from fedllm.models.language import LanguageModel, load, skeleton, tokenizer
-from fedllm.rows import encode
+from fedllm.rows import encode, tokens
 from fedllm.workers.sft import SFT, SFTWorker, target_shapes
 
 PICO = LanguageModel("pico")
@@ -247,6 +250,76 @@ def test_generation_is_the_same_in_any_batch():
     prompts = ["a", "Question: much longer than the first", "mid size"]
     alone = [generate(model, tok, [p], max_new_tokens=5, batch_size=1)[0] for p in prompts]
     assert generate(model, tok, prompts, max_new_tokens=5, batch_size=3) == alone
+
+
+def test_what_a_model_was_published_with_does_not_change_its_answers():
+    """Greedy is the likeliest token each time, also where generation_config.json asks for a penalty or for beams."""
+    model, tok = load(PICO, CPU, seed=0), tokenizer(PICO)
+    plain = generate(model, tok, ["a", "Question"], max_new_tokens=8, batch_size=2)
+    ids = tok("a")["input_ids"]
+    for _ in range(8):
+        ids = [*ids, int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())]
+    assert plain[0] == tok.decode(ids[1:], skip_special_tokens=True)
+    published = GenerationConfig(repetition_penalty=5.0, num_beams=3, no_repeat_ngram_size=1, suppress_tokens=[ids[1]])
+    model.generation_config = published
+    assert generate(model, tok, ["a", "Question"], max_new_tokens=8, batch_size=2) == plain
+    assert model.generation_config is published
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    assert generate(wrapped, tok, ["a", "Question"], max_new_tokens=8, batch_size=2) == plain
+    assert model.generation_config is published
+
+
+def test_a_mixture_of_experts_trains_its_cross_entropy_and_still_generates():
+    """TRL's trainer turns the router's loss on for such models: it was counted in nats, and generation broke."""
+    config = AutoConfig.for_model(
+        "qwen3_moe", vocab_size=259, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_experts=4,
+        num_experts_per_tok=2, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    tok = tokenizer(PICO)
+    rows = encode(tok, ["Question: 1 + 1?\nAnswer:"] * 4, [" 2"] * 4, 64)
+    sent = {n: fill(LowRank.zeros(*s), 2, torch.Generator()) for n, s in target_shapes(base, ["q_proj"]).items()}
+    worker = SFTWorker(SFT(targets=("q_proj",), steps=1, batch_size=4, learning_rate=0.0), base, tok, {"c0": rows}, 1)
+    _, _, metrics = worker.of(Client("c0", 4, 2)).train(sent, {}, Round(1, 0))
+    with worker.serving({}) as served:
+        assert metrics["train_loss"] == pytest.approx(held_out_loss(served, rows, tok.pad_token_id, 4), rel=1e-5)
+        assert len(generate(served, tok, ["a", "bc"], max_new_tokens=3, batch_size=2)) == 2
+
+
+def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt():
+    """As with ``add_eos_token=true``: a prompt is to be continued, and a row ends once."""
+    plain, ending = tokenizer(PICO), tokenizer(PICO)
+    ending._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", plain.bos_token_id), ("</s>", plain.eos_token_id)]
+    )
+    assert ending("ab")["input_ids"][-1] == ending.eos_token_id
+    assert tokens(ending, ["ab", ""]) == [[ending.bos_token_id, *ids] for ids in plain(["ab", ""])["input_ids"]]
+    (row,) = encode(ending, ["ab"], [" c"], 64)
+    assert row.input_ids.count(ending.eos_token_id) == 1 and row.labels[-1] == ending.eos_token_id
+
+
+def test_a_layer_that_is_not_named_holds_nothing_of_the_client_before():
+    worker = make(SFT(steps=1, batch_size=4, learning_rate=0.0))
+    whole = adapter(worker, 4)
+    few = dict([next(iter(whole.items()))])
+    client, rnd = Client("c0", 12, 4), Round(1, 0)
+    alone = worker.of(client).train(few, {}, rnd)[2]["train_loss"]
+    big = {name: LowRank(torch.ones_like(M.B), M.A) for name, M in whole.items()}
+    assert worker.of(client).train(big, {}, rnd)[2]["train_loss"] != pytest.approx(alone, rel=1e-4)
+    returned, _, metrics = worker.of(client).train(few, {}, rnd)
+    assert metrics["train_loss"] == pytest.approx(alone, rel=1e-6) and returned.keys() == few.keys()
+
+
+def test_moments_of_a_weight_that_had_no_gradient_are_not_asked_for():
+    """An expert that no token was sent to has no state in AdamW, and starts with none again."""
+    worker = make(SFT(steps=1, batch_size=4, optimizer="kept"))
+    sent, client = adapter(worker, 4), Client("c0", 12, 4)
+    _, memory, _ = worker.of(client).train(sent, {}, Round(1, 0))
+    name = next(iter(sent))
+    less = {key: value for key, value in memory.items() if not key.startswith(f"{name}/B/")}
+    assert len(less) == len(memory) - 3
+    assert worker.of(client).train(sent, less, Round(2, 0))[2]["steps"] == 1
 
 
 def test_held_out_loss_is_the_mean_over_completion_tokens():

@@ -91,7 +91,7 @@ def test_the_adapter_loads_in_plain_peft_and_serves_the_run_s_loss(straight):
     federation = TextFederation(recipe)
     base = load_model(recipe.model, torch.device("cpu"), recipe.run.seed)
     model = PeftModel.from_pretrained(base, str(straight / "adapter")).eval()
-    loss = held_out_loss(model, federation.encode_test(), federation.tokenizer.pad_token_id, recipe.eval.batch_size)
+    loss = held_out_loss(model, federation.scored, federation.tokenizer.pad_token_id, recipe.eval.batch_size)
     assert loss == pytest.approx(records(straight)[-1]["eval"]["loss"], rel=1e-5)
 
 

@@ -20,9 +20,9 @@ class MFedLoRU(FedLoRU):
 
     Their shapes: ``B_d (d, r_i), B_u (r_i, r), A_d (r, r_i), A_u (r_i, k)``. B and A, of rank r, are sent and stay as
     they are; ``B_d`` and ``A_d`` are drawn anew every round and ``B_u = A_u = 0``, so both products start at zero. The
-    four are returned, ``a`` and LoRA's scale folded into the first of each pair; the server rebuilds
-    ``B_i = B + B_d B_u`` and ``A_i = A + A_d A_u`` and averages those (eq. 37). A client with ``r_i = r`` trains B and
-    A themselves, and a factor that is smaller than its two factors is returned rebuilt.
+    four are returned, LoRA's scale folded into ``B_d``; the server rebuilds ``B_i = B + B_d B_u`` and
+    ``A_i = A + A_d A_u`` and averages those (eq. 37). A client with ``r_i = r`` trains B and A themselves, and a factor
+    that is smaller than its two factors is returned rebuilt. ``a`` is in ``B_d`` and ``A_d`` from their start on.
 
     Args:
         rank: r; the largest client's by default.

@@ -229,12 +229,7 @@ def plain(model: Model, update: Tensors) -> dict[str, Any]:
 
 
 def unfolded(products: Mapping[str, LowRank], alpha: float) -> dict[str, Tensor]:
-    """Products as the weights of a network, LoRA's scale taken out of B.
-
-    Args:
-        products: ``LAYER.weight (m, n)``, beside that convolution; or mFedLoRU's ``B/LAYER.weight (m, r)`` and
-            ``A/LAYER.weight (r, n)``, nested in the two factors of such a one.
-    """
+    """Products ``LAYER.weight (m, n)`` as the weights beside those convolutions, LoRA's scale taken out of B."""
     weights: dict[str, Tensor] = {}
     for key, M in products.items():
         B, A, scale = _places(key, M, alpha)
@@ -242,8 +237,20 @@ def unfolded(products: Mapping[str, LowRank], alpha: float) -> dict[str, Tensor]
     return weights
 
 
+def nested_in(products: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    """mFedLoRU's ``B/LAYER.weight (m, r)`` and ``A/LAYER.weight (r, n)`` as weights nested in the two factors.
+
+    They begin in the network's own units, before LoRA's scale, which ``folded`` puts into the first factor of B's.
+    """
+    weights: dict[str, Tensor] = {}
+    for key, M in products.items():
+        B, A, _ = _places(key, M, 1.0)
+        weights |= {B: M.B, A: M.A}
+    return weights
+
+
 def folded(weights: Mapping[str, Tensor], products: Mapping[str, LowRank], alpha: float) -> dict[str, LowRank]:
-    """The products in the places of those that were given to ``unfolded``."""
+    """The products in the places of those that were given to ``unfolded`` or ``nested_in``."""
     found = {}
     for key, M in products.items():
         B, A, scale = _places(key, M, alpha)

@@ -27,7 +27,7 @@ def measured(model: nn.Module, federation: Any) -> Score:
     """
     recipe, task, test = federation.recipe, federation.recipe.data.task, federation.test
     tokenizer, size = federation.tokenizer, recipe.eval.batch_size
-    metrics = {"loss": held_out_loss(model, federation.encode_test(), tokenizer.pad_token_id, size)}
+    metrics = {"loss": held_out_loss(model, federation.scored, tokenizer.pad_token_id, size)}
     if not recipe.eval.generate:
         return Score(metrics, [])
     prompts = [task.prompt(row) for row in test]

@@ -118,10 +118,11 @@ class SFT:
 
     def steps_for(self, rows: int) -> int:
         """Optimizer steps in a round for a client with this many rows."""
-        if self.steps is not None:
-            return self.steps
-        per_epoch = math.ceil(math.ceil(rows / self.batch_size) / self.accumulation)
-        return math.ceil(self.epochs * per_epoch)
+        return math.ceil(self.epochs * self.steps_in_epoch(rows)) if self.steps is None else self.steps
+
+    def steps_in_epoch(self, rows: int) -> int:
+        """Optimizer steps that see each of this many rows once; the last may be of fewer than the others."""
+        return math.ceil(math.ceil(rows / self.batch_size) / self.accumulation)
 
     def shared(self, processes: int) -> tuple[int, int]:
         """Rows a forward pass and passes a step of each of so many processes that train one client together.
@@ -208,7 +209,8 @@ class Seat:
             memory: what this returned for the client last time.
             frozen: a further update per target module that is added to the base and not trained.
             nested: train these products instead, ``B/name (d_out, r)`` and ``A/name (r, d_in)``, each added to that
-                factor of ``adapter``, which stays as it is. LoRA's scale is folded into the first factor of B's.
+                factor of ``adapter`` as PEFT holds it, before LoRA's scale; ``adapter`` stays as it is. The scale is
+                folded into the first factor of B's when they are returned.
             part: from which to which part of the round's steps this is: (0, 0.4) are the first two of five; one step at
                 least where it has any width.
             factors: which of the adapter's train; the other comes back as it was sent.
@@ -327,9 +329,12 @@ class SFTWorker:
             self._activate([])
 
     def _hang(self, adapter: str, update: Tensors) -> None:
-        """Puts ``B A`` into PEFT's layers as ``scale (B / scale) A``: any rank, float32, on the layer's device."""
-        for name, product in update.items():
-            layer, product = self.layers[name], as_lowrank(product)
+        """Puts ``B A`` into PEFT's layers as ``scale (B / scale) A``: any rank, float32, on the layer's device.
+
+        Layers that ``update`` does not name get a zero, whatever an earlier client left there.
+        """
+        for name, layer in self.layers.items():
+            product = as_lowrank(update[name]) if name in update else _nothing(layer)
             scale = self.settings.scale(product.rank) if adapter == TRAINED else 1.0
             device = layer.get_base_layer().weight.device
             layer.lora_A[adapter].weight = nn.Parameter(product.A.detach().to(device, torch.float32, copy=True))
@@ -348,9 +353,9 @@ class SFTWorker:
         inner: dict[str, nn.Parameter] = {}
         modules = []
         for key, product in products.items():
-            linear, scale = self._factor(key)
+            linear, _ = self._factor(key)
             linear.weight.requires_grad_(False)
-            nest = _Nested(product.B.detach() / scale, product.A.detach()).to(linear.weight)
+            nest = _Nested(product.B.detach(), product.A.detach()).to(linear.weight)
             register_parametrization(linear, "weight", nest)
             modules.append(linear)
             inner |= {f"{key}/down": nest.down, f"{key}/up": nest.up}
@@ -397,10 +402,17 @@ class SFTWorker:
         }
 
     def _restore(self, optimizer: torch.optim.Optimizer, memory: Tensors, trained: Mapping[str, nn.Parameter]) -> None:
+        fields = ("step", "exp_avg", "exp_avg_sq")
         for name, weight in trained.items():
-            fields = ("step", "exp_avg", "exp_avg_sq")
+            if f"{name}/step" not in memory:  # it had no gradient: an expert that no token was sent to
+                continue
             values = {field: memory[f"{name}/{field}"].clone() for field in fields}
             optimizer.state[weight] = {k: v if k == "step" else v.to(weight) for k, v in values.items()}
+
+
+def _nothing(layer: Any) -> LowRank:
+    """Zero, as a product of rank 1 that does not train: PEFT's layers have no rank 0."""
+    return LowRank(torch.zeros(layer.out_features, 1), torch.zeros(1, layer.in_features))
 
 
 class _Nested(nn.Module):
@@ -467,6 +479,7 @@ def _trainer(settings: SFT, model: Any, tokenizer: Any, sample: Sequence[dict[st
         logging_nan_inf_filter=False,  # a client whose loss is NaN must say so
         disable_tqdm=True,
         max_steps=1,
+        router_aux_loss_coef=0.0,  # of a mixture of experts: it would be counted as loss, and break generation
     )
     trainer = Trainer(
         model=model,

@@ -72,6 +72,7 @@ class TextFederation:
         self.recipe = recipe
         self.settings: SFT = recipe.worker
         self.test: list[Row] = []  # held out; none where a plan has to guess
+        self.scored: list[Encoded] = []  # those of them that truncation leaves something to score
         own = recipe.model.own
         members = [
             Client(f"c{i}", 0, rank, level=own[i % len(own)] if own else "")
@@ -95,6 +96,12 @@ class TextFederation:
             self.classes = 1 + max(self.tokenizer.get_vocab().values())
             encoded = self._encode(train)
             self.test = self._rows("test", data.test_rows)
+            self.scored = [row for row in self._encode(self.test) if row.trained]
+            if not self.scored:
+                raise FedError(
+                    f"none of the {len(self.test)} held-out rows has a completion that survives worker.max_length="
+                    f"{self.settings.max_length}: raise it."
+                )
         except Unreachable:
             if not recipe.run.plan:
                 raise
@@ -117,8 +124,9 @@ class TextFederation:
             dataclasses.replace(member, num_samples=len(part)) for member, part in zip(members, kept, strict=True)
         )
         self.rows = {client.id: [encoded[i] for i in part] for client, part in zip(self.clients, kept, strict=True)}
-        kind = recipe.page["data"]["partition"]["name"]
-        self.partition = describe(kind, kept, labels, len(train), self.clients, recipe.run.seed)
+        kind, cut = recipe.page["data"]["partition"]["name"], sum(len(part) for part in parts) - sum(map(len, kept))
+        self.partition = describe(kind, kept, labels, len(train) - cut, self.clients, recipe.run.seed)
+        self.partition["dropped_rows"] = cut
         shared = self.shapes[members[0].level]
         weights = {name: torch.empty(shape, device="meta") for name, shape in shared.items()}
         self.model = Model(weights, classes=self.classes)
@@ -129,11 +137,15 @@ class TextFederation:
     @property
     def notes(self) -> list[str]:
         """What the summary's numbers were computed from."""
-        dropped = self.partition["dropped_rows"]
-        notes = [f"{len(self.test)} held-out rows of {self.recipe.data_name}; loss in nats per completion token."]
-        return notes + (
-            [f"{dropped} training rows lost their completion to max_length and were left out."] if dropped else []
-        )
+        dropped, undealt = self.partition["dropped_rows"], self.partition["undealt_rows"]
+        cut = len(self.test) - len(self.scored)
+        told = [
+            (True, f"{len(self.test)} held-out rows of {self.recipe.data_name}; loss in nats per completion token."),
+            (cut, f"{cut} held-out rows lost their completion to max_length: the loss is that of the others."),
+            (dropped, f"{dropped} training rows lost their completion to max_length and were left out."),
+            (undealt, f"{undealt} training rows were dealt to nobody by the partition."),
+        ]
+        return [note for holds, note in told if holds]
 
     def own(self, client: Client) -> Model:
         """A client's adapter before it trains, where it is the client's own: the same for all of a base and a rank."""
@@ -172,7 +184,7 @@ class TextFederation:
             sent = algorithm.download(state, client, rnd)
             returned, _, _ = algorithm.local(Echo(self, client), sent, {}, rnd)
             steps = self.settings.steps_for(len(rows))
-            passes = steps * self.settings.batch_size * self.settings.accumulation / len(rows)
+            passes = steps / self.settings.steps_in_epoch(len(rows))
             adapter = rank * sum(d_out + d_in for d_out, d_in in self.shapes[client.level].values())
             activations = self._activation_bytes(
                 self.skeletons[client.level].config, max(len(row.input_ids) for row in rows)
@@ -201,16 +213,13 @@ class TextFederation:
             "clients": len(clients),
             "cohort": cohort,
             "dropped_rows": self.partition["dropped_rows"],
+            "undealt_rows": self.partition["undealt_rows"],
             "base_bytes": max(base.values()),
             "run_bytes": round(
                 (totals["bytes_down"] + totals["bytes_up"]) * self.recipe.run.rounds * cohort / len(clients)
             ),
         }
         return {"clients": clients, "levels": [], "totals": totals, "guessed": self.guessed}
-
-    def encode_test(self) -> list[Encoded]:
-        """The held-out rows as tokens, those that truncation empties left out."""
-        return [row for row in self._encode(self.test) if row.trained]
 
     def _encode(self, rows: Sequence[Row]) -> list[Encoded]:
         task = self.recipe.data.task

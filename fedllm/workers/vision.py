@@ -27,7 +27,7 @@ from fedllm.accounting import Meter
 from fedllm.core import Client, FedError, Model, Round, Tensors
 from fedllm.lowrank import LowRank
 from fedllm.models.build import with_running_statistics
-from fedllm.models.lowrank_conv import SHARED, folded, plain, unfolded
+from fedllm.models.lowrank_conv import SHARED, folded, nested_in, plain, unfolded
 from fedllm.models.network import Network, fitted, load, scaled
 from fedllm.tasks.arrays import Arrays, Examples, cross_entropy
 
@@ -179,7 +179,8 @@ class Seat:
             memory: not used; it is returned.
             frozen: further weights of the network, which do not train; of frozen convolutions, updates of them.
             nested: train these products instead, ``B/name (m, r)`` and ``A/name (r, n)``, each added to that factor of
-                the product ``name``, which stays as it is. LoRA's scale is folded into the first factor of B's.
+                the product ``name`` before LoRA's scale; ``name`` stays as it is. The scale is folded into the first
+                factor of B's when they are returned.
             part: from which to which part of the round's steps this is, one step at least where it has any width.
             loss: of the network's output and the targets.
             penalty: a term added to it, of the network.
@@ -200,7 +201,7 @@ class Seat:
         worker, settings = self.worker, self.worker.settings
         products = {name: value for name, value in sent.items() if isinstance(value, LowRank)}
         whole = {name: value for name, value in sent.items() if name not in products}
-        pairs, inner = unfolded(products, settings.alpha), unfolded(nested or {}, settings.alpha)
+        pairs, inner = unfolded(products, settings.alpha), nested_in(nested or {})
         trained = whole | (inner or pairs)
         net = worker.fitted(
             {**plain(self.model, frozen or {}), **pairs, **trained}, alphas, network or self.model.make

@@ -1,0 +1,58 @@
+"""From a recipe to a federation of text clients: what is counted, and what is said of it."""
+
+import pytest
+
+from fedllm.core import FedError, Round
+from fedllm.recipe import load
+from fedllm.workers.text import TextFederation
+
+QUICK = ["recipe=smoke", "data.train_rows=24", "data.test_rows=8", "eval.generate=false"]
+
+
+def test_held_out_rows_that_are_cut_are_counted():
+    """Cut where the fourth shortest of eight prompts ends: the loss is that of three."""
+    prompts = sorted(row.labels.index(next(label for label in row.labels if label != -100))
+                     for row in TextFederation(load(QUICK)).scored)  # fmt: skip
+    federation = TextFederation(load([*QUICK, f"worker.max_length={prompts[3]}", "clients.rank=[4]"]))
+    assert len(federation.test) == 8 and len(federation.scored) == sum(length < prompts[3] for length in prompts) > 0
+    cut = 8 - len(federation.scored)
+    said = f"{cut} held-out rows lost their completion to max_length: the loss is that of the others."
+    assert said in federation.notes
+
+
+def test_no_held_out_row_left_is_no_loss_of_zero(monkeypatch):
+    encoded = TextFederation._encode
+
+    def cut(self, rows):
+        return [
+            row if len(rows) > 8 else type(row)(row.input_ids, [-100] * len(row.labels)) for row in encoded(self, rows)
+        ]
+
+    monkeypatch.setattr(TextFederation, "_encode", cut)
+    with pytest.raises(FedError, match=r"none of the 8 held-out rows.*worker\.max_length=400: raise it"):
+        TextFederation(load(QUICK))
+
+
+def test_rows_that_the_partition_deals_to_nobody_are_not_called_cut():
+    partition = "data.partition={name: classes_per_client, column: template, classes: 6, repeats: dropped}"
+    federation = TextFederation(load([*QUICK, "data.train_rows=120", partition]))
+    told = federation.partition
+    dealt = sum(client["rows"] for client in told["clients"].values())
+    assert told["dropped_rows"] == 0 and told["undealt_rows"] == 120 - dealt > 0
+    assert f"{120 - dealt} training rows were dealt to nobody by the partition." in federation.notes
+    totals = federation.plan()["totals"]
+    assert (totals["dropped_rows"], totals["undealt_rows"]) == (0, 120 - dealt)
+
+
+@pytest.mark.parametrize("shape", [(8, 4, 1.0), (4, 2, 3.0), (5, 1, 2.0)])
+def test_planned_tokens_are_those_that_are_trained(shape):
+    """Whole epochs, the last step of each smaller than the others."""
+    batch, accumulation, epochs = shape
+    asked = [f"worker.batch_size={batch}", f"worker.accumulation={accumulation}", f"worker.epochs={epochs}"]
+    recipe = load([*QUICK, *asked, "worker.steps=null", "clients.rank=[2]", "worker.learning_rate=1e-4"])
+    federation = TextFederation(recipe)
+    (planned,), (client,) = federation.plan()["clients"], federation.clients
+    state = recipe.algorithm.init(federation.model, [client])
+    sent = recipe.algorithm.download(state, client, Round(1, 0))
+    _, _, metrics = federation.worker(lambda loss: None).of(client).train(sent, {}, Round(1, 0))
+    assert (planned["tokens"], planned["steps"]) == (metrics["tokens"], metrics["steps"])
