@@ -3,6 +3,8 @@
 import pytest
 
 from fedllm.core import FedError, Round
+from fedllm.models import language
+from fedllm.models.language import LanguageModel
 from fedllm.recipe import load
 from fedllm.workers.text import TextFederation
 
@@ -42,6 +44,24 @@ def test_rows_that_the_partition_deals_to_nobody_are_not_called_cut():
     assert f"{120 - dealt} training rows were dealt to nobody by the partition." in federation.notes
     totals = federation.plan()["totals"]
     assert (totals["dropped_rows"], totals["undealt_rows"]) == (0, 120 - dealt)
+
+
+@pytest.mark.parametrize(
+    ("generate", "message"),
+    [("false", r"longest row has \d+ tokens.*max_length=100"), ("true", r"eval\.max_new_tokens=")],
+)
+def test_rows_longer_than_learned_positions_are_told_before_a_weight_is_loaded(generate, message, tmp_path):
+    """GPT-2 has a vector for each of its positions and none beyond."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    most = 100 if generate == "false" else 400
+    config = GPT2Config(vocab_size=259, n_positions=most, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    language.tokenizer(LanguageModel("pico")).save_pretrained(tmp_path)
+    asked = [*QUICK, f"eval.generate={generate}", f"model.name={tmp_path}", "worker.targets=[c_attn]"]
+    with pytest.raises(FedError, match=message):
+        TextFederation(load([*asked, "eval.max_new_tokens=390"]))
+    assert language.positions(language.skeleton(LanguageModel("pico"))) is None
 
 
 @pytest.mark.parametrize("shape", [(8, 4, 1.0), (4, 2, 3.0), (5, 1, 2.0)])

@@ -155,6 +155,17 @@ def skeleton(model: LanguageModel) -> nn.Module:
         return AutoModelForCausalLM.from_config(config(model))
 
 
+def positions(net: Any) -> int | None:
+    """How many tokens a model can place that has a learned vector for each position; None for all others."""
+    most = getattr(net.config, "max_position_embeddings", None)
+    tables = [
+        module.num_embeddings
+        for module in net.modules()
+        if isinstance(module, nn.Embedding) and module is not net.get_input_embeddings()
+    ]
+    return most if most and any(most <= rows <= most + 2 for rows in tables) else None  # OPT has two more
+
+
 def tokenizer(model: LanguageModel) -> Any:
     """Its tokenizer, with a padding token; not the end-of-sequence token where there is another to take."""
     from transformers import AutoTokenizer

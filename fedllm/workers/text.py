@@ -109,6 +109,8 @@ class TextFederation:
             self.classes = self.skeletons[members[0].level].config.vocab_size
             train = [{}] * min(data.train_rows or data.task.rows["train"], data.task.rows["train"])
             encoded = [Encoded([0] * self.settings.max_length, [0] * self.settings.max_length)] * len(train)
+        if not self.guessed:
+            self._check_positions([*encoded, *self.scored])
         partition = IID() if self.guessed and data.partition.column else data.partition  # no rows, no labels
         column = partition.column
         labels = None if column is None else [data.task.label(row, column) for row in train]
@@ -245,6 +247,24 @@ class TextFederation:
                 raise FedError(
                     f"client {member.id} has rank {member.rank}, and {name} is {shape[0]} x {shape[1]}: "
                     f"a rank is at most {min(shape)} here. Lower clients.rank."
+                )
+
+    def _check_positions(self, rows: Sequence[Encoded]) -> None:
+        """Raises FedError where a row, or a prompt and its answer, is longer than a model can place."""
+        asked = self.recipe.eval
+        answer = (asked.max_new_tokens or self.recipe.data.task.max_new_tokens) if asked.generate else 0
+        longest = max(len(row.input_ids) for row in rows)
+        prompt = max(next(i for i, label in enumerate(row.labels) if label != -100) for row in self.scored)
+        for net in self.skeletons.values():
+            most = language.positions(net)
+            if most and longest > most:
+                raise FedError(
+                    f"the longest row has {longest} tokens, and the model places {most}: worker.max_length={most}."
+                )
+            if most and prompt + answer > most:
+                raise FedError(
+                    f"the longest prompt has {prompt} tokens, an answer may have {answer}, the model places {most}: "
+                    f"eval.max_new_tokens={most - prompt}."
                 )
 
     def _base_bytes(self, skeleton: nn.Module) -> int:
