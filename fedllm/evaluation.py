@@ -41,6 +41,7 @@ from fedllm.inference import Sampling, batches, continue_batch, row_losses
 from fedllm.models import language
 from fedllm.models.language import LanguageModel
 from fedllm.nearest import nearest
+from fedllm.ranges import Between, Count, NonNegative, Seed, SomeShare
 from fedllm.rows import Encoded, encode, tokens
 from fedllm.sandbox import require
 from fedllm.tasks import TEXTS
@@ -89,38 +90,30 @@ class Settings:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["none", "4bit", "8bit"] = "none"
     data: dict[str, Any] = field(default_factory=dict)
-    rows: int | None = None
-    seed: int = 0
+    rows: Count | None = None
+    seed: Seed = 0
     generate: bool = True
-    batch_size: int = 16
-    max_new_tokens: int | None = None
-    max_length: int = 1024
-    samples: int = 1
-    temperature: float = 0.8
-    top_p: float = 0.95
-    k: tuple[int, ...] = (1,)
+    batch_size: Count = 16
+    max_new_tokens: Count | None = None
+    max_length: Count = 1024
+    samples: Count = 1
+    temperature: NonNegative = 0.8
+    top_p: SomeShare = 0.95
+    k: tuple[Count, ...] = (1,)
     backend: Literal["transformers", "vllm"] = "transformers"
-    confidence: float = 0.95
-    resamples: int = 2000
+    confidence: Between = 0.95
+    resamples: Count = 2000
     output: str | None = None
     overwrite: bool = False
-    threads: int | None = None
+    threads: Count | None = None
     allow_code_execution: bool = False
     accept_missing: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "samples", "resamples", "max_length"):
-            if getattr(self, name) < 1:
-                raise FedError(f"{name}={getattr(self, name)}: at least 1.")
-        for name in ("rows", "max_new_tokens", "threads"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise FedError(f"{name}={getattr(self, name)}: at least 1, or null.")
-        if not 0 < self.confidence < 1:
-            raise FedError(f"confidence={self.confidence} is not between 0 and 1.")
-        if not self.k or min(self.k) < 1 or max(self.k) > self.samples:
+        if not self.k or max(self.k) > self.samples:
             raise FedError(f"k={list(self.k)}: each from 1 to samples={self.samples}, the answers that are drawn.")
-        if self.samples > 1 and not (self.temperature > 0 and 0 < self.top_p <= 1):
-            raise FedError(f"temperature={self.temperature}, top_p={self.top_p}: more than 0, and top_p at most 1.")
+        if self.samples > 1 and self.temperature == 0:
+            raise FedError(f"temperature={self.temperature}: more than 0, for samples={self.samples} to differ.")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from fedllm.core import Algorithm, Client, Failed, FedError, Fleet, Job, Reply, 
 from fedllm.ledger import canonical
 from fedllm.lowrank import LowRank
 from fedllm.mean import pad
+from fedllm.ranges import NonNegative, Real, Share
 
 LAST = "fault/last"
 """Where a client that may be stale remembers what it sent: in its memory, so that a resumed run repeats it."""
@@ -34,21 +35,20 @@ class Faults:
         factor: of ``huge``.
     """
 
-    drop: float = 0.0
-    straggle: float = 0.0
-    nan: float = 0.0
-    zeros: float = 0.0
-    huge: float = 0.0
-    stale: float = 0.0
-    wrong_rank: float = 0.0
+    drop: Share = 0.0
+    straggle: Share = 0.0
+    nan: Share = 0.0
+    zeros: Share = 0.0
+    huge: Share = 0.0
+    stale: Share = 0.0
+    wrong_rank: Share = 0.0
     clients: tuple[str, ...] = ()
-    delay: float = 3600.0
-    factor: float = 1e6
+    delay: NonNegative = 3600.0
+    factor: Real = 1e6
 
     def __post_init__(self) -> None:
-        shares = self.shares
-        if min(shares.values()) < 0 or sum(shares.values()) > 1:
-            raise FedError(f"faults: probabilities are 0 or more and sum to 1 at most, and these are {shares}.")
+        if sum(self.shares.values()) > 1:
+            raise FedError(f"faults: probabilities sum to 1 at most, and these are {self.shares}.")
 
     @property
     def shares(self) -> dict[str, float]:

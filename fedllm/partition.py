@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedllm.core import FedError
+from fedllm.ranges import Count, Positive, Whole
 
 Counts = NDArray[np.int64]
 Shares = NDArray[np.float64]
@@ -246,8 +247,8 @@ class Dirichlet(Partition):
         minimum: rows of the smallest client.
     """
 
-    eta: float = 0.3
-    minimum: int = 10
+    eta: Positive = 0.3
+    minimum: Whole = 10
 
     by_label: ClassVar[bool] = True
 
@@ -264,7 +265,7 @@ class ClassesPerClient(Partition):
         repeats: what a client that draws a class twice gets: both shards (``kept``), or one (``dropped``).
     """
 
-    classes: int = 2
+    classes: Count = 2
     repeats: Literal["kept", "dropped"] = "kept"
 
     by_label: ClassVar[bool] = True
@@ -281,7 +282,7 @@ class TwoLevel(Partition):
         classes: classes a client holds, at most; 2 of 10 and 10 of 100 in Yi et al.'s experiments.
     """
 
-    classes: int = 2
+    classes: Count = 2
 
     by_label: ClassVar[bool] = True
 
@@ -298,7 +299,7 @@ class ByRank(Partition):
             for all, and no label is needed.
     """
 
-    eta: float | None = None
+    eta: Positive | None = None
 
     def _parts(self, labels: Sequence[Hashable], n: int, clients: Sequence[Member], seed: int) -> Parts:
         ranks = [client.rank for client in clients]

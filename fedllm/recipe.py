@@ -10,12 +10,13 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic_core import ErrorDetails
 
 from fedllm.algorithms import ALGORITHMS
 from fedllm.compression import Wire
@@ -23,6 +24,7 @@ from fedllm.core import Algorithm, FedError
 from fedllm.faults import Faults
 from fedllm.nearest import closest, nearest
 from fedllm.partition import IID, PARTITIONS
+from fedllm.ranges import Count, Positive, Seed, Share, SomeShare, Whole, needs
 from fedllm.robust import ROBUST, Trust
 from fedllm.rounds import Policy
 from fedllm.tasks import TASKS
@@ -74,17 +76,17 @@ class Run:
         tracker: where the server logs the federation: ``auto`` is trackio, in the run's folder, where it is installed.
     """
 
-    rounds: int = 1
+    rounds: Count = 1
     output: str | None = None
     resume: bool = False
     overwrite: bool = False
-    seed: int = 0
+    seed: Seed = 0
     plan: bool = False
     parallel: Literal["clients", "ddp", "fsdp"] = "clients"
-    threads: int | None = None
-    quorum: float = 0.0
-    attempts: int = 3
-    deadline: float | None = None
+    threads: Count | None = None
+    quorum: Share = 0.0
+    attempts: Count = 3
+    deadline: Positive | None = None
     on_client_error: Literal["refuse", "stop"] = "refuse"
     tracker: Literal["auto", "none", "trackio", "tensorboard", "wandb"] = "auto"
 
@@ -100,9 +102,9 @@ class Clients:
         levels: capacity levels, assigned in equal blocks (sub-model algorithms).
     """
 
-    rank: int | tuple[int, ...] | str = 8
-    count: int | None = None
-    participation: float = 1.0
+    rank: Annotated[Count | tuple[Count, ...] | str, needs("a rank from 1 up, a list of them, or a profile's name")] = 8
+    count: Count | None = None
+    participation: SomeShare = 1.0
     levels: tuple[str, ...] = ()
 
     def ranks(self) -> list[int]:
@@ -139,8 +141,8 @@ class Data:
 
     task: Any
     path: str | None = None
-    train_rows: int | None = None
-    test_rows: int | None = None
+    train_rows: Count | None = None
+    test_rows: Count | None = None
     partition: Any = IID()
 
 
@@ -160,13 +162,15 @@ class Evaluation:
         accept_missing: guarantees of the sandbox to do without where this machine does not give them.
     """
 
-    every: int = 0
+    every: Whole = 0
     base: bool = True
     generate: bool = True
     clients: bool = False
-    alone: int | tuple[int, ...] | Literal["all"] | None = None
-    batch_size: int = 32
-    max_new_tokens: int | None = None
+    alone: Annotated[
+        Whole | tuple[Whole, ...] | Literal["all"] | None, needs("a client's number from 0 up, a list of them, all")
+    ] = None
+    batch_size: Count = 32
+    max_new_tokens: Count | None = None
     allow_code_execution: bool = False
     accept_missing: tuple[str, ...] = ()
 
@@ -213,7 +217,7 @@ class Admission:
             far.
     """
 
-    norm_bound: float | None = None
+    norm_bound: Positive | None = None
 
 
 @dataclass(frozen=True)
@@ -441,17 +445,31 @@ def typed(kind: type, value: Any, where: str, also: Iterable[str] = ()) -> Any:
         return TypeAdapter(_strict(kind)).validate_python(section)
     except ValidationError as error:
         first = error.errors()[0]
-        loc = [str(part) for part in first["loc"] if isinstance(part, str) and part in section or isinstance(part, int)]
-        key = ".".join([*([where] if where else []), *loc[:1]])
-        given = section.get(loc[0]) if loc else section
-        hint = {f.name: f.type for f in dataclasses.fields(kind)}.get(loc[0] if loc else "", kind.__name__)
-        raise FedError(f"{key}={given!r} has the wrong type or value: {first['msg']} (the field is {hint}).") from error
+        key, given = [where] if where else [], section
+        for part in first["loc"]:  # the branch of a union is a part too, and no key
+            if isinstance(given, Mapping) and part in given:
+                key, given = [*key, str(part)], given[part]
+        null = any(first["loc"][:1] == (f.name,) and "None" in str(f.type) for f in dataclasses.fields(kind))
+        needed = _needed(first, given) + (", or null" if null else "")
+        raise FedError(f"{'.'.join(key)}={given!r}: give {needed}.") from error
     except FedError as error:
-        raise FedError(f"{where}: {error}") from error
+        raise FedError(str(error) if str(error).startswith(where) else f"{where}.{error}") from error
+
+
+def _needed(fault: ErrorDetails, given: Any) -> str:
+    """What a field takes instead, as it follows "give"."""
+    match fault["type"]:
+        case "missing":
+            return f"{fault['loc'][-1]} too, it has no default"
+        case "tuple_type":
+            return f"a list, [{given}]" if isinstance(given, str | int | float) else "a list"
+        case "bool_type" | "bool_parsing":
+            return "true or false"
+    return fault["msg"].removeprefix("Input should be ").replace("a valid ", "a ")
 
 
 def _strict(kind: type) -> type:
-    with_config(ConfigDict(extra="forbid", arbitrary_types_allowed=True))(kind)
+    with_config(ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False))(kind)
     return kind
 
 
@@ -490,12 +508,7 @@ def _trains(whole: bool, rule: Algorithm | type[Algorithm]) -> bool:
 
 
 def _in_range(recipe: Recipe) -> None:
-    deadline, bound = recipe.run.deadline, recipe.admission.norm_bound
     checks = [
-        (0 <= recipe.run.quorum <= 1, f"run.quorum={recipe.run.quorum} is not in [0, 1]: it is a share of the cohort."),
-        (recipe.run.attempts >= 1, f"run.attempts={recipe.run.attempts}: a round is tried once at least."),
-        (deadline is None or deadline > 0, f"run.deadline={deadline}: seconds, more than 0, or null."),
-        (bound is None or bound > 0, f"admission.norm_bound={bound}: more than 0, or null."),
         (
             recipe.run.parallel == "clients" or not recipe.worker.whole,
             f"run.parallel={recipe.run.parallel} spreads a client that worker.name=sft trains; the networks of "
@@ -506,13 +519,6 @@ def _in_range(recipe: Recipe) -> None:
             "run.parallel=fsdp shards plain weights, bitsandbytes' packed ones cannot be: set model.quantization=none, "
             "or take run.parallel=ddp, which gives every process a quantised copy.",
         ),
-        (recipe.run.rounds >= 1, f"run.rounds={recipe.run.rounds}: at least 1 round is needed."),
-        (
-            0 < recipe.clients.participation <= 1,
-            f"clients.participation={recipe.clients.participation} is not in (0, 1].",
-        ),
-        (recipe.eval.every >= 0, f"eval.every={recipe.eval.every}: 0 (the last round only) or a number of rounds."),
-        (recipe.eval.batch_size >= 1, f"eval.batch_size={recipe.eval.batch_size}: at least 1."),
         (not recipe.hub.push or recipe.hub.repo, "hub.push=true needs hub.repo=OWNER/NAME: where to upload to."),
     ]
     count = len(recipe.clients.ranks())

@@ -10,13 +10,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median_low
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fedllm.admission import moved
 from fedllm.core import Algorithm, FedError, Reply, Tensors
 from fedllm.lowrank import LowRank, settle
+from fedllm.ranges import Count, Positive, Whole, needs
 
 Guarded = tuple[list[Reply], dict[str, str]]
 """The replies to aggregate, and by client id what was done about the others, in words."""
@@ -49,11 +52,7 @@ class Clip(Trust):
         bound: in medians.
     """
 
-    bound: float = 2.0
-
-    def __post_init__(self) -> None:
-        if not self.bound > 0:
-            raise FedError(f"robust.bound={self.bound}: more than 0.")
+    bound: Positive = 2.0
 
     def guard(self, algorithm: Algorithm, replies: Sequence[Reply]) -> Guarded:
         norms = [moved(reply.returned, algorithm.expected(reply)) for reply in replies]
@@ -82,12 +81,8 @@ class Krum(Trust):
         keep: replies that are averaged (Multi-Krum); ``n - f`` at most.
     """
 
-    liars: int | None = None
-    keep: int = 1
-
-    def __post_init__(self) -> None:
-        if self.keep < 1 or (self.liars is not None and self.liars < 0):
-            raise FedError(f"robust.keep={self.keep} and robust.liars={self.liars}: at least 1, and at least 0.")
+    liars: Whole | None = None
+    keep: Count = 1
 
     @property
     def least(self) -> int:
@@ -157,11 +152,9 @@ class TrimmedMean(Median):
         share: of the cohort that is cut off at each end, below 1/2.
     """
 
-    share: float = 0.25
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share < 0.5:
-            raise FedError(f"robust.share={self.share}: from 0 to below 0.5, it is cut off at both ends.")
+    share: Annotated[
+        float, Field(ge=0, lt=0.5), needs("a number from 0 to below 0.5, for it is cut off at both ends")
+    ] = 0.25
 
     def _cut(self, n: int) -> int:
         return math.floor(self.share * n + 1e-9)

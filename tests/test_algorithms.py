@@ -538,11 +538,20 @@ LN2, ROOT = math.log(2), math.exp(1 / 3)
         (FedHL(weights="fedavg"), [1 / 4, 3 / 4]),  # 1 : 3 rows
         (FedHL(weights="rank"), [1 / 3, 2 / 3]),  # ranks 1 : 2
         (FedHL(), [1 / (1 + math.e), math.e / (1 + math.e)]),  # epsilon 1e-6: p* is (2.5e-7, 1) but for rounding
+        (FedHL(epsilon=5e-324, temperature=None), [0, 1]),  # 1 / epsilon would be infinite
     ],
     ids=str,
 )
 def test_fedhl_s_weights_by_hand(rule: FedHL, wanted: list[float]) -> None:
     assert weights_of(rule, w=diag(3.0, 2.0)) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("key", ["epsilon", "temperature"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_fedhl_s_constants_turn_no_weight_round(key: str, value: float) -> None:
+    """Built without a recipe too: a negative one would give the most weight to who lost the most."""
+    with pytest.raises(FedError, match=f"^{key}={value}: give a finite number above 0"):
+        FedHL(**{key: value})  # type: ignore[arg-type]
 
 
 def test_fedhl_s_weights_are_uniform_where_nothing_is_cut() -> None:

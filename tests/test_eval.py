@@ -182,8 +182,8 @@ def test_sampling_is_by_its_seed_and_leaves_the_global_generator_alone():
     ("arguments", "says"),
     [
         (["model=pico", "rws=3"], "rws is not a key.*Did you mean rows"),
-        (["model=pico", "rows=many"], "rows='many' has the wrong type"),
-        (["model=pico", "rows=0"], "rows=0: at least 1"),
+        (["model=pico", "rows=many"], "fedllm: rows='many': give a whole number from 1 up, or null"),
+        (["model=pico", "rows=0"], "fedllm: rows=0: give a whole number from 1 up, or null"),
         (["model=pico", "samples=2", "k=[3]"], r"k=\[3\]"),
         (["model=pico", "data.pth=x"], "data.pth is not a key"),
         (["model=pico", "data.path=/none/such"], "data.path=/none/such does not exist"),
@@ -194,6 +194,8 @@ def test_sampling_is_by_its_seed_and_leaves_the_global_generator_alone():
         (["run=none", "model=pico"], "give it alone"),
         (["model=pico", "backend=vllm"], "vLLM is not installed"),
         (["model=pico", "confidence=2"], "confidence=2"),
+        (["model=pico", "k=1"], r"fedllm: k=1: give a list, \[1\]"),
+        (["model=pico", "samples=2", "temperature=0"], "fedllm: temperature=0.0: more than 0"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_2(arguments, says, maths, tmp_path, capsys):

@@ -245,10 +245,10 @@ def test_what_cannot_be_is_said(overrides: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["worker.alpha=0"], "worker.alpha=0.0: more than 0"),
-        (["worker.dropout=1"], r"worker.dropout=1.0 is not in \[0, 1\)"),
+        (["worker.alpha=0"], "worker.alpha=0: give a finite number above 0"),
+        (["worker.dropout=1"], "worker.dropout=1: give a number from 0 to below 1"),
         (["algorithm.name=fedhl"], "fedhl does not train what worker.name=vision trains"),
-        (["model.w0=none"], "model.w0='none' has the wrong type or value"),
+        (["model.w0=none"], "model.w0='none': give 'zero' or 'keep'"),
     ],
 )
 def test_wrong_values_are_said(overrides: list[str], message: str) -> None:

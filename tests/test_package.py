@@ -46,6 +46,7 @@ FOR_ALGORITHMS = {
     "fedllm.models.flanc",
     "fedllm.models.lowrank_conv",
     "fedllm.models.resnet",
+    "fedllm.ranges",
 }
 NOT_FOR_ALGORITHMS = {"trl", "peft", "transformers", "accelerate", "datasets", "flwr"}
 

@@ -187,6 +187,3 @@ def test_breakdown_points(rule: str) -> None:
 
 def test_the_table() -> None:
     assert set(ROBUST) == {"none", "clip", "krum", "median", "trimmed_mean"}
-    for name, wrong in (("clip", {"bound": 0}), ("krum", {"keep": 0}), ("trimmed_mean", {"share": 0.5})):
-        with pytest.raises(FedError, match="robust."):
-            ROBUST[name](**wrong)

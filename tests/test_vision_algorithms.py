@@ -517,7 +517,6 @@ def test_a_decay_shrinks_its_own_term(name: str) -> None:
     [
         (FedLMT(), [Client("strong", 1, level="b4")], "rho and algorithm.alpha"),
         (FedHM(svd_every=2), MIXED, "one rank for all"),
-        (FedHM(svd_every=0), MIXED, "from 1"),
     ],
 )
 def test_clients_that_cannot_take_part_are_told(rule: Algorithm, clients: list[Client], message: str) -> None:

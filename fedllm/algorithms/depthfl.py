@@ -13,6 +13,7 @@ from torch import Tensor
 from fedllm import submodel
 from fedllm.algorithms.fedavg import FedAvg
 from fedllm.core import Client, Model, Reply, Round, Tensors, under, within
+from fedllm.ranges import NonNegative, Positive
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class DepthFL(FedAvg):
         weighting: ``uniform``, or ``data``.
     """
 
-    distillation: float = 1.0
-    ramp: float = 0.3
-    temperature: float = 1.0
+    distillation: NonNegative = 1.0
+    ramp: NonNegative = 0.3
+    temperature: Positive = 1.0
     losses: Literal["all", "last"] = "all"
     weighting: Literal["data", "uniform"] = "uniform"
 

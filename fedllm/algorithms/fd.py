@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax, pad
 
 from fedllm.algorithms.class_means import ClassMeans, class_means, table
 from fedllm.algorithms.standalone import own, scored
-from fedllm.core import Client, FedError, Model, Reply, Round, Tensors, under, within
+from fedllm.core import Client, Model, Reply, Round, Tensors, under, within
+from fedllm.ranges import NonNegative, needs
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,10 @@ class FD(ClassMeans):
 
     any_model: ClassVar[bool] = True
 
-    coefficient: float = 1.0
+    coefficient: NonNegative = 1.0
     answers: Literal["soft", "raw"] = "soft"
-    groups: int = 512
+    groups: Annotated[int, Field(ge=2), needs("a whole number from 2 up, for one group says nothing")] = 512
     teachers: Literal["all", "others"] = "all"
-
-    def __post_init__(self) -> None:
-        if self.groups < 2:
-            raise FedError(f"algorithm.groups={self.groups}: at least 2, for an answer in one group says nothing.")
 
     def length(self, model: Model) -> int:
         return min(model.classes, self.groups)

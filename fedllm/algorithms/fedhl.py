@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -9,9 +10,10 @@ from typing import Literal
 import torch
 
 from fedllm.algorithms.flexlora import FlexLoRA, kept
-from fedllm.core import Reply, Round, Tensors, within
+from fedllm.core import FedError, Reply, Round, Tensors, within
 from fedllm.lowrank import absorb
 from fedllm.mean import mean_products
+from fedllm.ranges import Positive
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,17 @@ class FedHL(FlexLoRA):
     ``W_t``, so a round adds at most ``sum r_i`` ranks.
     """
 
-    epsilon: float = 1e-6
-    temperature: float | None = 1.0
+    epsilon: Positive = 1e-6
+    temperature: Positive | None = 1.0
     truncation_error: Literal["norm", "squared_norm"] = "norm"
     weights_per: Literal["model", "module"] = "model"
     weights: Literal["fedhl", "fedavg", "rank"] = "fedhl"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.epsilon < math.inf:
+            raise FedError(f"epsilon={self.epsilon}: give a finite number above 0.")
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise FedError(f"temperature={self.temperature}: give a finite number above 0, or null.")
 
     def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
         after, r_max = {"r_max": state["r_max"]}, int(state["r_max"])
@@ -71,6 +79,6 @@ class FedHL(FlexLoRA):
         if self.weights_per == "model":
             e2 = e2.sum(dim=0, keepdim=True)
         drift = e2 if self.truncation_error == "norm" else e2.square()
-        p = 1 / (drift + self.epsilon)
+        p = (drift.min(dim=-1, keepdim=True).values + self.epsilon) / (drift + self.epsilon)
         p = p / p.sum(dim=-1, keepdim=True)
         return p if self.temperature is None else torch.softmax(p / self.temperature, dim=-1)

@@ -12,6 +12,7 @@ from fedllm.algorithms.fedavg import FedAvg
 from fedllm.algorithms.fedlmt import penalty
 from fedllm.core import Client, FedError, Model, Reply, Round, Tensors, under, within
 from fedllm.models.factorized import ranks, recover_weights, split_weights
+from fedllm.ranges import Count, NonNegative, Positive, Whole
 
 ALPHAS = {"b1": 0.01, "b2": 0.15, "b3": 0.6, "b4": 1.4}
 """Capacity level -> rank ratio (FedLMT's Table 1, with rho 9). Level b4 is low-rank too."""
@@ -34,16 +35,14 @@ class FedHM(FedAvg):
         weighting: ``uniform`` (the paper's Algorithm 2) or ``data``.
     """
 
-    rho: int = 9
-    alphas: Mapping[str, float] = field(default_factory=lambda: dict(ALPHAS))
-    alpha: float | None = None
-    svd_every: int | None = 1
-    decay: Mapping[str, float] = field(default_factory=dict)
+    rho: Whole = 9
+    alphas: Mapping[str, Positive] = field(default_factory=lambda: dict(ALPHAS))
+    alpha: Positive | None = None
+    svd_every: Count | None = 1
+    decay: Mapping[str, NonNegative] = field(default_factory=dict)
     weighting: Literal["data", "uniform"] = "uniform"
 
     def validate(self, clients: Sequence[Client]) -> None:
-        if self.svd_every is not None and self.svd_every < 1:
-            raise FedError(f"svd_every={self.svd_every}: a number of rounds from 1, or null for never.")
         if self.alpha is None and self.svd_every != 1 and len({self.ratio(client) for client in clients}) > 1:
             raise FedError(
                 f"svd_every={self.svd_every} averages factors in between, which needs one rank for all: "

@@ -18,6 +18,7 @@ from fedllm.lowrank import LowRank, as_lowrank
 from fedllm.mean import pad
 from fedllm.models.beside import Beside, joined, part_of
 from fedllm.models.build import Features, FedModel
+from fedllm.ranges import Share
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class FedKD(FML):
 
     at_most: ClassVar[str] = "a weight travels as its SVD where that is smaller, at a rank that its values decide"
 
-    energy: float = 0.95
-    final_energy: float = 0.98
+    energy: Share = 0.95
+    final_energy: Share = 0.98
 
     def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
         return compressed(state, self.kept(rnd))

@@ -12,6 +12,7 @@ import torch
 from fedllm.algorithms.fedavg import FedAvg
 from fedllm.core import Client, FedError, Model, Round, Tensors
 from fedllm.models.factorized import decay, factorize, ranks, split_weights
+from fedllm.ranges import NonNegative, Positive, Whole
 
 LEVELS = {"b1": (1, 0.03), "b2": (3, 0.15), "b3": (5, 0.4)}
 """Capacity level -> rho and alpha (Table 1). A client of level b4 can train any of them; none is its own."""
@@ -31,9 +32,9 @@ class FedLMT(FedAvg):
         start: factors drawn as convolutions are (``kaiming``), or a full network's best approximation (``spectral``).
     """
 
-    rho: int | None = None
-    alpha: float | None = None
-    decay: Mapping[str, float] = field(default_factory=dict)
+    rho: Whole | None = None
+    alpha: Positive | None = None
+    decay: Mapping[str, NonNegative] = field(default_factory=dict)
     start: Literal["kaiming", "spectral"] = "kaiming"
 
     def validate(self, clients: Sequence[Client]) -> None:

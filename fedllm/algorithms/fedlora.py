@@ -16,6 +16,7 @@ from fedllm.core import Client, FedError, Model, Reply, Round, Tensors
 from fedllm.models.beside import Beside, joined, part_of
 from fedllm.models.build import describe
 from fedllm.models.cnn import Adapter
+from fedllm.ranges import Count, Share
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,9 @@ class FedLoRA(FedAvg):
         hidden: the adapter's inner width; in the paper 20 to 80, and 100 to 500 where ``direct``.
     """
 
-    mu: float = 0.9
+    mu: Share = 0.9
     adapter: Literal["decomposition", "direct"] = "decomposition"
-    hidden: int = 80
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.mu <= 1:
-            raise FedError(f"algorithm.mu={self.mu} is not in [0, 1].")
+    hidden: Count = 80
 
     def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
         assert model.draw is not None

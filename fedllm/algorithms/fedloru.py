@@ -16,6 +16,7 @@ from fedllm.algorithms.fedit import FedIT, of_one_rank, started
 from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors, under, within
 from fedllm.lowrank import LowRank, cheapest, fill, plus
 from fedllm.mean import mean_values
+from fedllm.ranges import Count
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class FedLoRU(Algorithm):
             stays as it is; or ``momentum``: B and A stay, so the model steps once more by what it has just added.
     """
 
-    tau: int = 15
+    tau: Count = 15
     reset: Literal["random", "momentum"] = "random"
 
     network: ClassVar[str] = "plain"

@@ -14,6 +14,7 @@ from fedllm.algorithms.lg_fedavg import head_shape
 from fedllm.algorithms.standalone import own, scored
 from fedllm.core import Model, Round, Tensors
 from fedllm.models.build import Features
+from fedllm.ranges import NonNegative
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class FedProto(ClassMeans):
         coefficient: lambda; the mean is over the batch and the representation's entries.
     """
 
-    coefficient: float = 1.0
+    coefficient: NonNegative = 1.0
 
     def length(self, model: Model) -> int:
         return head_shape(model)[1]

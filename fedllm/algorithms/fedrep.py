@@ -8,6 +8,7 @@ from typing import Any
 
 from fedllm.algorithms.fedavg import FedAvg
 from fedllm.core import Client, Model, Reply, Round, Tensors
+from fedllm.ranges import Share, Whole
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,8 @@ class FedRep(FedAvg):
         head_share: of the round's steps, for the head: half of them, so that the round costs what other methods' does.
     """
 
-    split: int | None = None
-    head_share: float = 0.5
+    split: Whole | None = None
+    head_share: Share = 0.5
 
     def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
         return shared_part(model, self._last(model))

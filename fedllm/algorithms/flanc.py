@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from fedllm.algorithms.fedavg import FedAvg
 from fedllm.core import Client, Model, Reply, Round, Tensors, under, within
 from fedllm.models.flanc import orthogonality
+from fedllm.ranges import NonNegative, Positive
 
 FACTORS = {"b1": 0.25, "b2": 0.75, "b3": 1.25, "b4": 1.75}
 """Capacity level -> width multiplier f (FedLMT's Table 1)."""
@@ -26,8 +27,8 @@ class FLANC(FedAvg):
         weighting: ``uniform``, or ``data``.
     """
 
-    factors: Mapping[str, float] = field(default_factory=lambda: dict(FACTORS))
-    orthogonality: float = 10.0
+    factors: Mapping[str, Positive] = field(default_factory=lambda: dict(FACTORS))
+    orthogonality: NonNegative = 10.0
     weighting: Literal["data", "uniform"] = "uniform"
 
     network: ClassVar[str] = "flanc"

@@ -12,6 +12,7 @@ from fedllm.algorithms.fedavg import FedAvg
 from fedllm.algorithms.standalone import own, scored
 from fedllm.core import Reply, Round, Tensors
 from fedllm.models.beside import Beside, joined, part_of
+from fedllm.ranges import Share
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class FML(FedAvg):
         a, b: what their own labels count to each of the two.
     """
 
-    a: float = 0.5
-    b: float = 0.5
+    a: Share = 0.5
+    b: Share = 0.5
 
     def local(
         self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round

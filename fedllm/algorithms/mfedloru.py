@@ -12,6 +12,7 @@ from torch import Tensor
 from fedllm.algorithms.fedloru import FedLoRU, arrived
 from fedllm.core import Client, FedError, Reply, Round, Tensors, under
 from fedllm.lowrank import LowRank
+from fedllm.ranges import Count, NonNegative
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class MFedLoRU(FedLoRU):
         a: the paper's alpha_A = alpha_B, not stated.
     """
 
-    rank: int | None = None
-    a: float = 1.0
+    rank: Count | None = None
+    a: NonNegative = 1.0
 
     def validate(self, clients: Sequence[Client]) -> None:
         largest = max(client.rank for client in clients)

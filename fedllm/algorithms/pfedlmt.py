@@ -14,6 +14,7 @@ from fedllm.algorithms.fedlmt import penalty
 from fedllm.algorithms.fedrep import personal_step, shared_part
 from fedllm.core import Client, Model, Reply, Round, Tensors
 from fedllm.models.factorized import ranks, split_weights
+from fedllm.ranges import NonNegative, Positive, Whole
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,11 @@ class PFedLMT(FedAvg):
         decay: as FedLMT's.
     """
 
-    rho: int = 9
-    alphas: Mapping[str, float] = field(default_factory=lambda: dict(ALPHAS))
-    alpha: float | None = None
+    rho: Whole = 9
+    alphas: Mapping[str, Positive] = field(default_factory=lambda: dict(ALPHAS))
+    alpha: Positive | None = None
     mode: Literal["alternate", "simultaneous"] = "alternate"
-    decay: Mapping[str, float] = field(default_factory=dict)
+    decay: Mapping[str, NonNegative] = field(default_factory=dict)
 
     def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
         return shared_part(model, self.rho)

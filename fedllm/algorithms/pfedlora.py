@@ -12,6 +12,7 @@ from fedllm.algorithms.fedavg import FedAvg
 from fedllm.algorithms.fedrep import personal_step
 from fedllm.core import Reply, Round, Tensors
 from fedllm.models.lowrank_conv import adaptable, kaiming, merge
+from fedllm.ranges import Count, NonNegative, Share
 
 PAIR = "private"
 
@@ -25,8 +26,8 @@ class PFedLoRA2(FedAvg):
         alpha: LoRA's.
     """
 
-    rank: int = 32
-    alpha: float = 16.0
+    rank: Count = 32
+    alpha: NonNegative = 16.0
 
     def local(
         self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
@@ -62,7 +63,7 @@ class PFedLoRA1(PFedLoRA2):
         private_share: two of five epochs by default.
     """
 
-    private_share: float = 0.4
+    private_share: Share = 0.4
 
     def turns(self, private: Tensors) -> Sequence[Any]:
         return (

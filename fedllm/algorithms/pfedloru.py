@@ -9,6 +9,7 @@ from fedllm.algorithms.fedloru import FedLoRU, added, arrived
 from fedllm.algorithms.standalone import COSTS, scored
 from fedllm.core import FedError, Reply, Round, Tensors, under, within
 from fedllm.lowrank import LowRank, fill
+from fedllm.ranges import Count, PartShare
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class PFedLoRU(FedLoRU):
             by default. Not stated either; 0 is FedLoRU.
     """
 
-    personal_rank: int | None = None
-    personal_share: float = 0.4
+    personal_rank: Count | None = None
+    personal_share: PartShare = 0.4
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,6 +13,7 @@ from fedllm import submodel
 from fedllm.algorithms.fedavg import FedAvg
 from fedllm.core import Client, FedError, Model, Reply, Round, Tensors, under, within
 from fedllm.models.resnet import stage_rounds
+from fedllm.ranges import Count
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class ProgFed(FedAvg):
         stages: S; 1 is FedAvg.
     """
 
-    stages: int = 4
+    stages: Count = 4
 
     network: ClassVar[str] = "growing"
 

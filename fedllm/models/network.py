@@ -18,6 +18,7 @@ from fedllm.models.flanc import FlancResNet
 from fedllm.models.lowrank_conv import Spec, adapt
 from fedllm.models.resnet import ExitResNet, GrowingResNet, ResNet, Scaler
 from fedllm.models.transformer import MaskedLM
+from fedllm.ranges import Count, Whole
 
 Make = Callable[..., FedModel]
 
@@ -43,10 +44,10 @@ class Network:
     name: str = "resnet18"
     own: tuple[str, ...] = ()
     norm: Literal["batch", "running", "gn"] = "batch"
-    widths: tuple[int, ...] | None = None
-    d: int = 128
-    ffn: int = 2048
-    depth: int = 3
+    widths: tuple[Count, ...] | None = None
+    d: Count = 128
+    ffn: Count = 2048
+    depth: Whole = 3
     w0: Literal["zero", "keep"] = "zero"
 
     def of(self, client: Client) -> Network:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
+from fedllm.ranges import Whole
 from fedllm.tasks import rows as corpus
 from fedllm.tasks.rows import Row, Sources
 from fedllm.tasks.task import Task
@@ -70,7 +71,7 @@ class Alpaca(Instructed):
         revision: of the data set, to pin it.
     """
 
-    held_out: int = 1000
+    held_out: Whole = 1000
     hub: str = "tatsu-lab/alpaca"
     revision: str | None = None
 

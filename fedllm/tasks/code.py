@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fedllm.core import FedError
+from fedllm.ranges import Positive
 from fedllm.sandbox import Limits, Program, run_all
 from fedllm.tasks import rows as corpus
 from fedllm.tasks.alpaca import Instructed
@@ -48,7 +49,7 @@ class HumanEval(Task):
     prompt_template: str = "{prompt}"
     target_template: str = "{canonical_solution}"
     stop: tuple[str, ...] = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-    wall_seconds: float = 10.0
+    wall_seconds: Positive = 10.0
 
     columns: ClassVar[tuple[str, ...]] = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
     metrics: ClassVar[tuple[str, ...]] = ("pass_at_1",)
@@ -125,7 +126,7 @@ class CodeAlpaca(Instructed):
     hub: str = "sahil2801/CodeAlpaca-20k"
     revision: str | None = None
     problems: str | None = None
-    wall_seconds: float = 10.0
+    wall_seconds: Positive = 10.0
 
     metrics: ClassVar[tuple[str, ...]] = HumanEval.metrics
     max_new_tokens: ClassVar[int] = HumanEval.max_new_tokens

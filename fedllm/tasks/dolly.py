@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fedllm.ranges import Whole
 from fedllm.tasks import rows as corpus
 from fedllm.tasks.alpaca import BESIDE, Instructed
 from fedllm.tasks.rows import Sources
@@ -24,7 +25,7 @@ class Dolly(Instructed):
 
     prompt_with_input: str = BESIDE % "context"
     target_template: str = "{response}"
-    held_out: int = 200
+    held_out: Whole = 200
     hub: str = "databricks/databricks-dolly-15k"
     revision: str | None = None
 

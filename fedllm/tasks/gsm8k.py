@@ -8,6 +8,7 @@ from decimal import Decimal
 from typing import ClassVar
 
 from fedllm.core import FedError
+from fedllm.ranges import Count, Seed
 from fedllm.tasks import rows as corpus
 from fedllm.tasks import word_problems
 from fedllm.tasks.rows import Row, Sources
@@ -105,10 +106,10 @@ class WordProblems(WorkedMath):
         generator_seed: another seed, other problems.
     """
 
-    train_rows: int = 2000
-    test_rows: int = 200
+    train_rows: Count = 2000
+    test_rows: Count = 200
     difficulty: tuple[str, ...] = word_problems.DIFFICULTIES
-    generator_seed: int = 0
+    generator_seed: Seed = 0
 
     max_new_tokens: ClassVar[int] = 128  # the longest of 20,000 generated answers is 99 of SmolLM2's tokens
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedllm.core import FedError, Unreachable
+from fedllm.ranges import Count, NonNegative, Seed, Whole
 from fedllm.tasks.arrays import Arrays, Examples, chosen
 
 Split = Literal["train", "test"]
@@ -38,7 +39,7 @@ class Images(Arrays):
         mean, std: per channel, of values in [0, 1].
     """
 
-    pad: int = 0
+    pad: Whole = 0
     flip: bool = False
 
     hub: ClassVar[tuple[str, str | None]]
@@ -160,7 +161,7 @@ def cropped(x: Tensor, pad: int, rng: torch.Generator) -> Tensor:
 class CIFAR10(Images):
     """50,000 and 10,000 photographs, ten classes."""
 
-    pad: int = 4
+    pad: Whole = 4
     flip: bool = True
 
     hub = ("uoft-cs/cifar10", None)
@@ -173,7 +174,7 @@ class CIFAR10(Images):
 class CIFAR100(Images):
     """50,000 and 10,000 photographs, a hundred classes."""
 
-    pad: int = 4
+    pad: Whole = 4
     flip: bool = True
 
     hub = ("uoft-cs/cifar100", None)
@@ -188,7 +189,7 @@ class CIFAR100(Images):
 class SVHN(Images):
     """73,257 and 26,032 house numbers, one digit in the middle of each."""
 
-    pad: int = 2
+    pad: Whole = 2
 
     hub = ("ufldl-stanford/svhn", "cropped_digits")
     size: ClassVar[Mapping[str, int]] = {"train": 73_257, "test": 26_032}
@@ -243,19 +244,14 @@ class Prototypes(Arrays):
         draw: seed of the prototypes and images.
     """
 
-    sigma: float = 1.0
-    kinds: int = 4
-    side: int = 16
-    train_rows: int = 4000
-    test_rows: int = 1000
-    draw: int = 0
+    sigma: NonNegative = 1.0
+    kinds: Count = 4
+    side: Count = 16
+    train_rows: Count = 4000
+    test_rows: Count = 1000
+    draw: Seed = 0
 
     count: ClassVar[int] = 10
-
-    def __post_init__(self) -> None:
-        for key in ("kinds", "side", "train_rows", "test_rows"):
-            if getattr(self, key) < 1:
-                raise FedError(f"data.{key}={getattr(self, key)}: at least 1.")
 
     @property
     def shape(self) -> tuple[int, ...]:

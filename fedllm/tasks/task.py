@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fedllm.core import FedError
+from fedllm.ranges import Seed, Whole
 from fedllm.tasks import rows as corpus
 from fedllm.tasks.rows import Row, Sources, Split
 
@@ -36,8 +37,8 @@ class Task:
     prompt_template: str
     target_template: str
     stop: tuple[str, ...] = ()
-    held_out: int = 0
-    held_out_seed: int = 0
+    held_out: Whole = 0
+    held_out_seed: Seed = 0
 
     columns: ClassVar[tuple[str, ...]]
     metrics: ClassVar[tuple[str, ...]]
@@ -52,8 +53,6 @@ class Task:
             _placeholders(getattr(self, key), key)
         if "" in self.stop:
             raise FedError("stop: an empty text would end every answer before it begins.")
-        if self.held_out < 0:
-            raise FedError(f"held_out={self.held_out}: a number of rows, 0 or more.")
 
     @property
     def rows(self) -> Mapping[str, int]:

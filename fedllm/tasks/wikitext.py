@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fedllm.core import FedError, Unreachable
 from fedllm.models.transformer import WIKITEXT2_WORDS
+from fedllm.ranges import Between, Count, needs
 from fedllm.tasks.arrays import Arrays, Examples, Tally, cross_entropy, perplexity
 
 HUB = ("Salesforce/wikitext", "wikitext-2-v1")
@@ -31,16 +33,9 @@ class WikiText2(Arrays):
         words: size of the vocabulary; the most frequent words of the training split, ties in order of appearance.
     """
 
-    length: int = 64
-    rate: float = 0.15
-    words: int = WIKITEXT2_WORDS
-
-    def __post_init__(self) -> None:
-        if not 0 < self.rate < 1 or self.length < 1 or self.words < 3:
-            raise FedError(
-                f"data.rate={self.rate}, data.length={self.length}, data.words={self.words}: a share of the words "
-                "between 0 and 1, a block of at least 1 word, and a vocabulary of at least 3."
-            )
+    length: Count = 64
+    rate: Between = 0.15
+    words: Annotated[int, Field(ge=3), needs("a whole number from 3 up")] = WIKITEXT2_WORDS
 
     @property
     def shape(self) -> tuple[int, ...]:

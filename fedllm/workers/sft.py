@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from fedllm import adapters, ledger
 from fedllm.core import Client, FedError, Model, Round, Tensors, within
 from fedllm.lowrank import LowRank, as_lowrank
 from fedllm.models.language import LanguageModel
+from fedllm.ranges import Count, NonNegative, PartShare, Positive, needs
 from fedllm.rows import Encoded
 from fedllm.tasks.task import Task
 
@@ -37,6 +38,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 TRAINED, FROZEN = "client", "global"
 """The two adapters in the model: the one a client trains, and a frozen float32 one for all that came before."""
+
+ALPHA = "a number above 0, or a multiple of the rank such as 2r"
+"""What ``worker.alpha`` is."""
 
 
 @dataclass(frozen=True)
@@ -62,19 +66,19 @@ class SFT:
     """
 
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    alpha: float | str = "2r"
+    alpha: Annotated[Positive | str, needs(ALPHA)] = "2r"
     rslora: bool = False
-    dropout: float = 0.0
-    epochs: float = 1.0
-    steps: int | None = None
-    batch_size: int = 1
-    accumulation: int = 1
-    learning_rate: float = 2e-4
+    dropout: PartShare = 0.0
+    epochs: Positive = 1.0
+    steps: Count | None = None
+    batch_size: Count = 1
+    accumulation: Count = 1
+    learning_rate: NonNegative = 2e-4
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: NonNegative = 1.0
     optimizer: Literal["fresh", "kept"] = "fresh"
-    max_length: int = 512
+    max_length: Count = 512
     gradient_checkpointing: bool = False
 
     model_section: ClassVar[type] = LanguageModel
@@ -83,15 +87,8 @@ class SFT:
     whole: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.alpha, str) and not re.fullmatch(r"\d+(\.\d+)?r?", self.alpha):
-            raise FedError(f"worker.alpha={self.alpha}: a number, or a multiple of the rank such as 2r.")
-        for name in ("batch_size", "accumulation", "max_length"):
-            if getattr(self, name) < 1:
-                raise FedError(f"worker.{name}={getattr(self, name)}: at least 1.")
-        if self.steps is not None and self.steps < 1:
-            raise FedError(f"worker.steps={self.steps}: at least 1, or null for worker.epochs.")
-        if self.epochs <= 0:
-            raise FedError(f"worker.epochs={self.epochs}: more than 0.")
+        if isinstance(self.alpha, str) and not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?r?", self.alpha):
+            raise FedError(f"worker.alpha={self.alpha!r}: give {ALPHA}.")
 
     def federation(self, recipe: Any) -> Any:
         """Rows, clients and plan of a recipe whose worker this is."""

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from fedllm import folder, ledger
 from fedllm.accounting import Meter
-from fedllm.core import Client, FedError, Model, Round, Tensors
+from fedllm.core import Client, Model, Round, Tensors
 from fedllm.lowrank import LowRank
 from fedllm.models.build import with_running_statistics
 from fedllm.models.lowrank_conv import SHARED, folded, nested_in, plain, unfolded
 from fedllm.models.network import Network, fitted, load, scaled
+from fedllm.ranges import Count, NonNegative, PartShare, Positive, Share
 from fedllm.tasks.arrays import Arrays, Examples, cross_entropy
 
 Loss = Callable[[Any, Tensor], Tensor]
@@ -65,35 +66,24 @@ class Vision:
         dropout: between the factors of an update, in training.
     """
 
-    epochs: float = 1.0
-    batch_size: int = 64
-    learning_rate: float = 0.1
-    final_learning_rate: float = 0.0
+    epochs: Positive = 1.0
+    batch_size: Count = 64
+    learning_rate: NonNegative = 0.1
+    final_learning_rate: NonNegative = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    max_grad_norm: float = 0.0
-    test_batch_size: int = 100
+    momentum: Share = 0.9
+    weight_decay: NonNegative = 5e-4
+    max_grad_norm: NonNegative = 0.0
+    test_batch_size: Count = 100
     statistics: Literal["batch", "static"] = "batch"
     score: Literal["pooled", "clients", "both"] = "pooled"
-    alpha: float = 16.0
-    dropout: float = 0.0
+    alpha: Positive = 16.0
+    dropout: PartShare = 0.0
 
     model_section: ClassVar[type] = Network
     task_kind: ClassVar[type] = Arrays
     exported: ClassVar[str] = "model"
     whole: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "test_batch_size"):
-            if getattr(self, name) < 1:
-                raise FedError(f"worker.{name}={getattr(self, name)}: at least 1.")
-        if self.epochs <= 0:
-            raise FedError(f"worker.epochs={self.epochs}: more than 0.")
-        if self.alpha <= 0:
-            raise FedError(f"worker.alpha={self.alpha}: more than 0.")
-        if not 0 <= self.dropout < 1:
-            raise FedError(f"worker.dropout={self.dropout} is not in [0, 1).")
 
     def federation(self, recipe: Any) -> Any:
         """Examples, clients and plan of a recipe whose worker this is."""
