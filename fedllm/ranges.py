@@ -11,7 +11,6 @@ from contextlib import suppress
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, WrapValidator
-from pydantic_core import PydanticCustomError
 
 
 def needs(words: str) -> WrapValidator:
@@ -21,7 +20,7 @@ def needs(words: str) -> WrapValidator:
         if not isinstance(value, bool):
             with suppress(ValidationError):
                 return inner(value)
-        raise PydanticCustomError("range", words)
+        raise ValueError(words)
 
     return WrapValidator(check)
 

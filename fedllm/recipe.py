@@ -16,7 +16,6 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
-from pydantic_core import ErrorDetails
 
 from fedllm.algorithms import ALGORITHMS
 from fedllm.compression import Wire
@@ -456,7 +455,7 @@ def typed(kind: type, value: Any, where: str, also: Iterable[str] = ()) -> Any:
         raise FedError(str(error) if str(error).startswith(where) else f"{where}.{error}") from error
 
 
-def _needed(fault: ErrorDetails, given: Any) -> str:
+def _needed(fault: Mapping[str, Any], given: Any) -> str:
     """What a field takes instead, as it follows "give"."""
     match fault["type"]:
         case "missing":
@@ -465,6 +464,8 @@ def _needed(fault: ErrorDetails, given: Any) -> str:
             return f"a list, [{given}]" if isinstance(given, str | int | float) else "a list"
         case "bool_type" | "bool_parsing":
             return "true or false"
+        case "value_error":  # the words of `fedllm.ranges.needs`
+            return fault["msg"].removeprefix("Value error, ")
     return fault["msg"].removeprefix("Input should be ").replace("a valid ", "a ")
 
 
