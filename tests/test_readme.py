@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def between(mark: str) -> str:
-    found = re.search(rf"<!-- {mark}[^>]*-->\n(.*?)<!-- /{mark} -->", README, re.DOTALL)
+    found = re.search(rf"<!-- {mark}[^>]*-->\n?(.*?)<!-- /{mark} -->", README, re.DOTALL)
     assert found, mark
     return found[1]
 
@@ -33,6 +33,14 @@ def test_the_table_of_methods_is_the_code_s():
 def test_its_scores_are_those_of_the_run_kept_in_results(mark, folder):
     summary = json.loads((ROOT / "results" / folder / "summary.json").read_text())
     assert summary_table(summary) in between(mark)
+
+
+def test_the_server_s_times_are_those_kept_in_results():
+    lines = json.loads((ROOT / "results/server_decaying.json").read_text())["results"]
+    ours = {line["round"]: line["seconds"] for line in lines if line["who"] == "ours"}
+    dense = {line["round"]: line["ratio"] for line in lines if line["who"] == "(a) dense svd"}
+    said = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", between("server").replace("two", ""))]
+    assert said == [round(ours[1], 1), 1, round(ours[20]), 20, round(dense[1]), round(dense[20])]
 
 
 def test_its_comparison_of_rules_is_the_one_kept_in_results():
