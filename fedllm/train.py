@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -89,13 +89,15 @@ def train(recipe: recipes.Recipe, processes: Processes) -> None:
     if run.plan:
         show(recipe, federation.plan(), console)
         return
+    resumed = _resumed(recipe)
     title = f"{recipe.name}: {recipe.algorithm_name}, {len(federation.clients)} clients, {recipe.models}"
     with Progress(run.rounds, title, console) as display, once() as interrupted:
         processes.tell({"do": "start"})
         made = federation.worker(display.step)
         with folder.held(out):  # from here on nothing should fail that the user could have been told before
             folder.check(out, resume=run.resume, overwrite=run.overwrite)
-            rows, hint = _federated(recipe, federation, made, processes, display, interrupted)
+            begun = _begun(recipe, federation, resumed)
+            rows, hint = _federated(recipe, federation, begun, made, processes, display, interrupted)
     notes = federation.notes
     if recipe.eval.alone is not None:
         notes = [*notes, "A client alone trains for as many steps on its own rows as it does in the federation."]
@@ -111,11 +113,16 @@ def train(recipe: recipes.Recipe, processes: Processes) -> None:
 
 
 def _federated(
-    recipe: recipes.Recipe, federation: Any, made: Worker, processes: Processes, display: Any, interrupted: Any
+    recipe: recipes.Recipe,
+    federation: Any,
+    done: Checkpoint,
+    made: Worker,
+    processes: Processes,
+    display: Any,
+    interrupted: Callable[[], bool],
 ) -> tuple[list[dict[str, Any]], str]:
-    """Plays the rounds that are left and exports what came of them; the summary's rows, and how to see the curves."""
+    """Plays the rounds after ``done`` and exports what came of them; the summary's rows, and how to see the curves."""
     run, out, algorithm = recipe.run, recipe.output, recipe.algorithm
-    done = _begun(recipe, federation)
     tolerant = run.on_client_error == "refuse"
     worker, fleet = PARALLEL[run.parallel].lead(processes, made, display, tolerant=tolerant)
     base = _base(recipe, worker, display)
@@ -176,29 +183,37 @@ def _federated(
         return rows, tracker.hint
 
 
-def _begun(recipe: recipes.Recipe, federation: Any) -> Checkpoint:
-    """Where the run stands: what it left, or round 0 of a new one, whose folder is made ready.
+def _resumed(recipe: recipes.Recipe) -> Checkpoint | None:
+    """Where the run that is to be resumed stands; None where a new one is to begin. Only reads.
 
     Raises:
-        FedError: there is nothing to resume, or more of it than is asked for.
+        FedError: there is nothing to resume from, it is of another recipe, or there is more of it than is asked for.
     """
     run, out = recipe.run, recipe.output
+    if not run.resume:
+        return None
     shown = recipe.eval.clients or recipe.hub.clients  # no checkpoint keeps the last round's replies: play it again
-    until = run.rounds - 1 if shown else None
-    done = checkpoint.load(out / "checkpoint", recipe.page, until=until) if run.resume else None
+    done = checkpoint.load(out / "checkpoint", recipe.page, until=run.rounds - 1 if shown else None)
+    known = out / "rounds.jsonl"
+    if done is None and known.is_file() and known.stat().st_size:
+        raise FedError(f"{out} has rounds and no checkpoint to resume from: run.overwrite=true starts anew.")
     if done and done.index > run.rounds:
         raise FedError(
             f"run.rounds={run.rounds}, and the run in {out} has {done.index} rounds: it cannot be made shorter."
         )
-    before = done.page["run"]["rounds"] if done else run.rounds
-    if before != run.rounds:
+    if done and done.page["run"]["rounds"] != run.rounds:
         follows = (
             "what changes over the rounds, such as a learning rate's schedule, follows the new number from here on."
         )
-        print(f"fedllm: run.rounds is {run.rounds} now and was {before}: {follows}", file=sys.stderr)
-    known = out / "rounds.jsonl"
-    if run.resume and done is None and known.is_file() and known.stat().st_size:
-        raise FedError(f"{out} has rounds and no checkpoint to resume from: run.overwrite=true starts anew.")
+        print(
+            f"fedllm: run.rounds was {done.page['run']['rounds']} and is {run.rounds} now: {follows}", file=sys.stderr
+        )
+    return done
+
+
+def _begun(recipe: recipes.Recipe, federation: Any, done: Checkpoint | None) -> Checkpoint:
+    """The folder made ready, and where the run stands: what it left, or round 0 of a new one."""
+    run, out = recipe.run, recipe.output
     folder.prepare(out, recipes.dump(recipe), federation.partition, overwrite=run.overwrite and not run.resume)
     if done is None:
         state = canonical(recipe.algorithm.init(federation.model, federation.clients))
