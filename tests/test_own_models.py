@@ -173,7 +173,7 @@ def test_one_base_for_all_will_do_and_columns_that_are_no_tokens_do_not_count() 
         (["eval.alone=0"], "algorithm.name=standalone is that"),
         (["eval.clients=true"], "own_"),
         (["model.revision=main"], "revision and config are one model's"),
-        (["algorithm.groups=1"], "groups=1: at least 2"),
+        (["algorithm.groups=1"], "groups=1: give a whole number from 2 up"),
         (["algorithm.name=fedproto"], "standalone, fd"),
         (["clients.rank=96"], "client c0 has rank 96, and .* is 64 x 64"),
     ],
