@@ -138,7 +138,8 @@ def _spectra(spectra: Sequence[Spectrum], replies: Sequence[Reply]) -> dict[str,
     if not spectra:
         return {}
     squares = [found.beyond(0) ** 2 for found in spectra]  # type: ignore[operator]
-    longest = max(len(found.S) for found in spectra)
+    served = max(reply.client.rank for reply in replies)  # beyond it, a rule knows the values of some rounds only
+    longest = min(max(len(found.S) for found in spectra), served or WIDEST)
     places = [2**k for k in range(longest.bit_length()) if 2**k <= longest]
     truncation = {}
     for r in sorted({reply.client.rank for reply in replies} | set(places)):
