@@ -208,8 +208,8 @@ def _scale(matrix: LowRank) -> float:
 
 def _terms(matrix: LowRank) -> Tensor:
     """``|b_j| |a_j|``, ``(r,)``, in float64: squares of large float32 numbers overflow in their own dtype."""
-    norms = (torch.linalg.vector_norm(X, dim=dim, dtype=torch.float64) for X, dim in ((matrix.B, 0), (matrix.A, 1)))
-    return next(norms) * next(norms)
+    b = torch.linalg.vector_norm(matrix.B, dim=0, dtype=torch.float64)
+    return b * torch.linalg.vector_norm(matrix.A, dim=1, dtype=torch.float64)
 
 
 def _signed(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:

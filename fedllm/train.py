@@ -257,18 +257,19 @@ def _alone(
 
     No row where no round did.
     """
+    took_part = [record["round"] for record in records if client.id in record["clients"]]
+    if not took_part:
+        return []
     display.evaluating(f"client {client.id} alone")
     algorithm = federation.alone
     state: Tensors = algorithm.init(federation.model, [client])
     memories: Mapping[str, Tensors] = {}
-    for index in [record["round"] for record in records if client.id in record["clients"]]:
+    for index in took_part:
         for outcome in federate(
             algorithm, [client], worker, fleet, display,
             state=state, memories=memories, first=index, rounds=index, seed=recipe.run.seed,
         ):  # fmt: skip
             state, memories = outcome.state, outcome.memories
-    if not any(client.id in record["clients"] for record in records):
-        return []
     scores = _score(recipe.output, worker, display, f"alone_{client.id}", algorithm.served(state))
     return [{"name": f"client {client.id} alone", **scores}]
 
