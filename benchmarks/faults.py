@@ -21,15 +21,15 @@ from typing import Any
 
 import torch
 
-from fedllm import recipe as recipes
 from fedllm.algorithms import ALGORITHMS, LOW_RANK, PRIVATE, WHOLE
 from fedllm.core import Algorithm, FedError, Tensors
-from fedllm.faults import Faults
+from fedllm.fleets.faults import Faults
 from fedllm.fleets.local import Local
 from fedllm.lowrank import LowRank
 from fedllm.progress import Silent
-from fedllm.robust import Clip, Krum, Median, TrimmedMean
+from fedllm.recipe import page as recipes
 from fedllm.rounds import Policy, federate, own_scores
+from fedllm.server.robust import Clip, Krum, Median, TrimmedMean
 from fedllm.train import hush
 
 RULES = ("fedit", "zero_padding", "flexlora", "flora", "fedhl")

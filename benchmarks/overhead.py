@@ -22,13 +22,13 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
-from fedllm.algorithms.fedhl import FedHL
+from fedllm.algorithms.lora.fedhl import FedHL
 from fedllm.core import Client, Model, Round
+from fedllm.data.encoding import encode
 from fedllm.fleets.local import Local
 from fedllm.models.language import LanguageModel, load, skeleton, tokenizer
 from fedllm.progress import Silent
 from fedllm.rounds import federate
-from fedllm.rows import encode
 from fedllm.tasks.word_problems import generate
 from fedllm.train import hush
 from fedllm.workers.sft import SFT, SFTWorker, target_shapes

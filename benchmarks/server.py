@@ -31,10 +31,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from fedllm.algorithms.fedhl import FedHL
+from fedllm.algorithms.lora.fedhl import FedHL
 from fedllm.core import Client, Model, Reply, Round, Tensors
 from fedllm.lowrank import LowRank
-from fedllm.telemetry import MODULES, measure
+from fedllm.server.telemetry import MODULES, measure
 
 RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
 CLIENTS = [Client(f"client{i}", 100, r) for i, r in enumerate(RANKS)]

@@ -9,7 +9,7 @@ import sys
 from functools import partial
 
 from fedllm.tasks.alpaca import Alpaca
-from fedllm.tasks.fetch import command
+from fedllm.tasks.download import command
 
 
 def main(arguments: list[str] | None = None) -> int:

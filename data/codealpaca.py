@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 from fedllm.tasks.code import CodeAlpaca, RosettaAlpaca
-from fedllm.tasks.fetch import command
+from fedllm.tasks.download import command
 
 
 def main(arguments: list[str] | None = None) -> int:

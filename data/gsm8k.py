@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from fedllm.core import FedError
+from fedllm.data.sources import Row, write_jsonl
 from fedllm.tasks.gsm8k import GSM8K
-from fedllm.tasks.rows import Row, write_jsonl
 
 
 class _Parser(argparse.ArgumentParser):

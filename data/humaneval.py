@@ -9,7 +9,7 @@ import sys
 
 from fedllm.core import FedError
 from fedllm.tasks.code import HumanEval
-from fedllm.tasks.fetch import command
+from fedllm.tasks.download import command
 
 
 def installed(hub: str | None = None, revision: str | None = None) -> HumanEval:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fedllm.core import FedError
-from fedllm.tasks.rows import write_jsonl
+from fedllm.data.sources import write_jsonl
 from fedllm.tasks.word_problems import DIFFICULTIES, split
 
 

@@ -2,7 +2,7 @@
 
     accelerate launch eval/dolly.py model=ID_OR_FOLDER [adapter=PEFT_FOLDER] [data.path=FILE rows=32] [a.b=c ...]
 
-Or run=FOLDER of a run. The keys and the files that it writes: `fedllm.evaluation`.
+Or run=FOLDER of a run. The keys and the files that it writes: `fedllm.evaluation.run`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ sys.path[0] = str(
     Path(__file__).resolve().parent.parent
 )  # launched by path: this folder's modules are not top-level ones
 
-from fedllm.evaluation import command  # noqa: E402
+from fedllm.evaluation.run import command  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(command("dolly"))

@@ -23,7 +23,7 @@ def plan(arguments: list[str]) -> int:
     """fedllm plan recipe=NAME [a.b=c ...] [--json]: who would train what, before anything heavy is loaded"""
     from rich.console import Console
 
-    from fedllm.plan import show
+    from fedllm.federation.plan import show
     from fedllm.recipe import load
     from fedllm.train import hush
 
@@ -39,7 +39,7 @@ def plan(arguments: list[str]) -> int:
 
 def aggregate(arguments: list[str]) -> int:
     """fedllm aggregate RULE DIR... --out DIR: the server, without a run, on PEFT adapter folders"""
-    from fedllm.aggregate import main as run
+    from fedllm.commands.aggregate import main as run
 
     return run(arguments)
 
@@ -49,8 +49,8 @@ def evaluate(arguments: list[str]) -> int:
     from fedllm.train import hush
 
     hush()
-    from fedllm.evaluation import evaluate as run
-    from fedllm.evaluation import target_arguments
+    from fedllm.evaluation.run import evaluate as run
+    from fedllm.evaluation.run import target_arguments
 
     if arguments and arguments[0] in {"-h", "--help"}:
         print(evaluate.__doc__)
@@ -62,7 +62,7 @@ def evaluate(arguments: list[str]) -> int:
 
 def report(arguments: list[str]) -> int:
     """fedllm report RUN: write report.md and the plots of a run's folder again"""
-    from fedllm.report import write
+    from fedllm.reports.report import write
 
     parser = argparse.ArgumentParser(prog="fedllm report", description=report.__doc__)
     parser.add_argument("run", type=Path)
@@ -72,7 +72,7 @@ def report(arguments: list[str]) -> int:
 
 def tsne(arguments: list[str]) -> int:
     """fedllm tsne RUN [--examples N]: what the clients' networks make of their test examples, as a map in the report"""
-    from fedllm.embedding import main as run
+    from fedllm.commands.tsne import main as run
 
     return run(arguments)
 
@@ -82,21 +82,21 @@ def sweep(arguments: list[str]) -> int:
     from fedllm.train import hush
 
     hush()
-    from fedllm.sweep import main as run
+    from fedllm.commands.sweep import main as run
 
     return run(arguments)
 
 
 def compare(arguments: list[str]) -> int:
     """fedllm compare RUN... [--out DIR]: tables with mean ± std over seeds, curves, what a score costs"""
-    from fedllm.compare import main as run
+    from fedllm.commands.compare import main as run
 
     return run(arguments)
 
 
 def hessian(arguments: list[str]) -> int:
     """fedllm hessian RUN [--samples N...] [--probes N]: stable rank of the loss's Hessian where a network ended"""
-    from fedllm.hessian import main as run
+    from fedllm.commands.hessian import main as run
 
     return run(arguments)
 
@@ -106,14 +106,14 @@ def push(arguments: list[str]) -> int:
     from fedllm.train import hush
 
     hush()
-    from fedllm.hub import main as run
+    from fedllm.export.hub import main as run
 
     return run(arguments)
 
 
 def methods(arguments: list[str]) -> int:
     """fedllm methods: every rule with its paper, file and recipes, as Markdown"""
-    from fedllm.methods import table
+    from fedllm.commands.methods import table
 
     print(table())
     return 0
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{COMMANDS[given[0]].__doc__}\n\nA recipe is a page of recipes/, or a path that ends in .yaml.")
             return 0
         if given[0] not in COMMANDS:
-            from fedllm.nearest import nearest
+            from fedllm.config.suggest import nearest
 
             raise FedError(f"fedllm {given[0]}: {nearest(given[0], COMMANDS, 'command')}")
         return COMMANDS[given[0]](given[1:])

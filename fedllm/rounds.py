@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from fedllm import ledger, telemetry
-from fedllm.admission import admit, suspects
 from fedllm.core import Algorithm, Client, Failed, FedError, Fleet, Job, Reply, Round, Tensors, Worker
 from fedllm.lowrank import LowRank
 from fedllm.progress import Display
-from fedllm.robust import Trust
+from fedllm.server import telemetry
+from fedllm.server.admission import admit, suspects
+from fedllm.server.robust import Trust
+from fedllm.wire import serialization as ledger
 
 Finished = tuple[Reply | Failed, Tensors]
 """What a fleet yields: how a client's part ended, and its new memory."""

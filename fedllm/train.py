@@ -23,20 +23,28 @@ import fedllm  # noqa: F401, I001  (before torch: it says how long OpenMP's thre
 import torch
 from rich.console import Console
 
-from fedllm import checkpoint, folder, hub, report, tracking
-from fedllm import recipe as recipes
-from fedllm.checkpoint import Checkpoint
+from fedllm.storage import checkpoint
+
+from fedllm.storage import run_folder as folder
+
+from fedllm.export import hub
+
+from fedllm.reports import report
+
+from fedllm.reports import trackers as tracking
+from fedllm.recipe import page as recipes
+from fedllm.storage.checkpoint import Checkpoint
 from fedllm.core import Algorithm, Client, FedError, Fleet, Reply, Tensors, Worker
 from fedllm.fleets import accelerate, together
 from fedllm.fleets.processes import Processes, joined
-from fedllm.fleets.waiting import Waiting
-from fedllm.interrupt import once
-from fedllm.ledger import canonical
+from fedllm.fleets.resumed import Waiting
+from fedllm.fleets.interrupt import once
+from fedllm.wire.serialization import canonical
 from fedllm.models.language import settle_network
-from fedllm.plan import show
+from fedllm.federation.plan import show
 from fedllm.progress import Display, Progress
 from fedllm.rounds import Interrupted, federate, own_scores
-from fedllm.story import json_in
+from fedllm.reports.run_record import json_in
 
 
 PARALLEL: dict[str, Any] = {"clients": accelerate, "ddp": together, "fsdp": together}

@@ -7,7 +7,13 @@ import statistics
 import pytest
 import torch
 
-from fedllm.accounting import (
+from fedllm.core import FedError
+from fedllm.lowrank import LowRank
+from fedllm.models.build import build, describe
+from fedllm.models.cnn import Adapter, SmallCNN, YiCNN
+from fedllm.models.factorized import factorize, ranks
+from fedllm.models.flanc import FlancResNet
+from fedllm.models.flops import (
     Level,
     Meter,
     assign,
@@ -21,12 +27,6 @@ from fedllm.accounting import (
     totals,
     trainable,
 )
-from fedllm.core import FedError
-from fedllm.lowrank import LowRank
-from fedllm.models.build import build, describe
-from fedllm.models.cnn import Adapter, SmallCNN, YiCNN
-from fedllm.models.factorized import factorize, ranks
-from fedllm.models.flanc import FlancResNet
 from fedllm.models.lowrank_conv import Spec, adapt, adaptable
 from fedllm.models.network import Network
 from fedllm.models.resnet import ExitResNet, ResNet, stage_rounds

@@ -20,9 +20,9 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedllm.adapters import CONFIG, WEIGHTS, read, write
 from fedllm.core import FedError
 from fedllm.lowrank import LowRank
+from fedllm.storage.peft_folder import CONFIG, WEIGHTS, read, write
 
 Q0, Q1, V0 = "layers.0.q", "layers.1.q", "layers.0.v"
 SHAPES = {Q0: (6, 8), Q1: (6, 8), V0: (4, 8)}
@@ -134,7 +134,7 @@ def test_what_is_read_is_what_peft_adds(tmp_path: Path, config: dict[str, Any]) 
     module=st.sampled_from([Q0, Q1, V0, "q", "x.layers.0.q"]),
 )
 def test_patterns_match_as_in_peft(patterns: list[str], module: str) -> None:
-    from fedllm import adapters
+    from fedllm.storage import peft_folder as adapters
 
     values = dict(zip(patterns, range(1, 99), strict=False))
     table = adapters._table(Path("config"), {"rank_pattern": values}, "rank_pattern", adapters._rank)
@@ -531,7 +531,7 @@ def test_a_write_that_fails_half_way_leaves_what_was_there(tmp_path: Path, monke
         Path(str(args[1])).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fedllm.adapters.save_file", full)
+    monkeypatch.setattr("fedllm.storage.peft_folder.save_file", full)
     with pytest.raises(FedError, match="No space left"):
         write(out, {Q0: random((6, 8), 2, 1)}, base_model=None, overwrite=True)
     with pytest.raises(FedError, match="No space left"):

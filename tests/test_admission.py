@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedllm.admission import admit
 from fedllm.algorithms import LOW_RANK
 from fedllm.core import Client, Model, Reply, Round, Tensors, under
 from fedllm.lowrank import LowRank
+from fedllm.server.admission import admit
 
 NAN, INF = float("nan"), float("inf")
 

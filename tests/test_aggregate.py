@@ -16,11 +16,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedllm.adapters import CONFIG, WEIGHTS
-from fedllm.aggregate import aggregate, main
 from fedllm.algorithms import LOW_RANK
 from fedllm.cli import main as cli
+from fedllm.commands.aggregate import aggregate, main
 from fedllm.core import FedError
+from fedllm.storage.peft_folder import CONFIG, WEIGHTS
 
 Dense = dict[str, NDArray[np.float64]]
 SAMPLES = [30, 10, 60]

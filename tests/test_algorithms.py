@@ -12,17 +12,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedllm.admission import trained
 from fedllm.algorithms import LOW_RANK
-from fedllm.algorithms.fedhl import FedHL
-from fedllm.algorithms.fedit import FedIT
-from fedllm.algorithms.fedloru import FedLoRU
-from fedllm.algorithms.flexlora import FlexLoRA
-from fedllm.algorithms.flora import FLoRA
-from fedllm.algorithms.mfedloru import MFedLoRU
-from fedllm.algorithms.zero_padding import ZeroPadding
+from fedllm.algorithms.lora.fedhl import FedHL
+from fedllm.algorithms.lora.fedit import FedIT
+from fedllm.algorithms.lora.fedloru import FedLoRU
+from fedllm.algorithms.lora.flexlora import FlexLoRA
+from fedllm.algorithms.lora.flora import FLoRA
+from fedllm.algorithms.lora.mfedloru import MFedLoRU
+from fedllm.algorithms.lora.zero_padding import ZeroPadding
 from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors
 from fedllm.lowrank import LowRank
+from fedllm.server.admission import trained
 
 Matrix = NDArray[np.float64]
 

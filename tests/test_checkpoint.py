@@ -14,10 +14,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedllm import checkpoint
-from fedllm.checkpoint import Checkpoint, load, save
 from fedllm.core import Client, Failed, FedError, Reply, Round
 from fedllm.lowrank import LowRank
+from fedllm.storage import checkpoint
+from fedllm.storage.checkpoint import Checkpoint, load, save
 
 PAGE = {"run": {"seed": 0, "rounds": 3}, "worker": {"learning_rate": 0.1}}
 

@@ -7,7 +7,7 @@ import pytest
 
 from fedllm.core import FedError
 from fedllm.recipe import load
-from fedllm.sandbox import missing_guarantees
+from fedllm.sandbox.runner import missing_guarantees
 from fedllm.tasks.code import LANGUAGES, CodeAlpaca, HumanEval, RosettaAlpaca
 
 ROWS = [

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedllm import compare, compare_plots
+from fedllm.commands import compare
 from fedllm.core import FedError
-from fedllm.entries import Entry, entries_of
-from fedllm.story import Story
-from fedllm.verdicts import Cell, verdict
+from fedllm.reports.compare import plots as compare_plots
+from fedllm.reports.compare.runs import Entry, entries_of
+from fedllm.reports.compare.significance import Cell, verdict
+from fedllm.reports.run_record import Story
 
 RANKS = {"c0": 8, "c1": 2}
 NOTHING = Story("", (), {}, {}, {}, (), 0)

@@ -11,19 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from fedllm.admission import admit
 from fedllm.algorithms import LOW_RANK
-from fedllm.algorithms.fedhl import FedHL
-from fedllm.algorithms.fedit import FedIT
-from fedllm.algorithms.fedloru import FedLoRU
-from fedllm.algorithms.flexlora import FlexLoRA
-from fedllm.compression import Compressed, Int8, Wire, fed_back, opened, packed
+from fedllm.algorithms.lora.fedhl import FedHL
+from fedllm.algorithms.lora.fedit import FedIT
+from fedllm.algorithms.lora.fedloru import FedLoRU
+from fedllm.algorithms.lora.flexlora import FlexLoRA
 from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors, within
-from fedllm.ledger import canonical, flatten, size, unflatten
 from fedllm.lowrank import LowRank
-from fedllm.recipe import dump, load
-from fedllm.robust import Clip
-from fedllm.telemetry import measure
+from fedllm.recipe.page import dump, load
+from fedllm.server.admission import admit
+from fedllm.server.robust import Clip
+from fedllm.server.telemetry import measure
+from fedllm.wire.compression import Compressed, Int8, Wire, fed_back, opened, packed
+from fedllm.wire.serialization import canonical, flatten, size, unflatten
 
 SHAPES = {"q": (40, 30), "v": (24, 30)}
 MIXED = [Client("a", 30, 2), Client("b", 10, 3), Client("c", 25, 5)]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from fedllm.conditioning_plots import NAMED, SMALLEST, conditioning
-from fedllm.story import Story
+from fedllm.reports.plots.conditioning import NAMED, SMALLEST, conditioning
+from fedllm.reports.run_record import Story
 
 
 def told(*rounds: dict[str, float]) -> Story:

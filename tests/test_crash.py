@@ -46,7 +46,8 @@ def test_a_run_killed_at_twenty_random_moments_is_the_undisturbed_run(tmp_path: 
 @pytest.mark.parametrize("rounds", ["", '{"round": 1, "bro'])
 def test_a_run_killed_before_its_first_checkpoint_starts_from_round_one(rounds: str, tmp_path: Path) -> None:
     """What a run's first instants leave: its mark, half a checkpoint, half a line."""
-    from fedllm import checkpoint, folder
+    from fedllm.storage import checkpoint
+    from fedllm.storage import run_folder as folder
 
     run = tmp_path / "run"
     run.mkdir()

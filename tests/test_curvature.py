@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedllm import hessian
 from fedllm.cli import main
+from fedllm.commands import hessian
 from fedllm.core import FedError
-from fedllm.curvature import Point, stable_rank
+from fedllm.models.curvature import Point, stable_rank
 from fedllm.recipe import load
 
 D = torch.tensor([5.0, -4.0, 3.0, 0.0], dtype=torch.float64)

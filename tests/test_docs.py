@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from fedllm import checkpoint, recipe, train
+from fedllm import train
 from fedllm.algorithms import ALGORITHMS
 from fedllm.core import Round
 from fedllm.lowrank import LowRank, fill
+from fedllm.recipe import page as recipe
+from fedllm.storage import checkpoint
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "adding_an_algorithm.md").read_text()

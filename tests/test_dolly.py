@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from fedllm.recipe import PROFILES, load
+from fedllm.recipe.page import PROFILES, load
 from fedllm.tasks.dolly import Dolly
 
 ROW = {"instruction": "Who?", "context": "It was Ann.", "response": "Ann", "category": "closed_qa"}
@@ -57,7 +57,7 @@ def test_the_recipe_and_its_hundred_clients(dolly):
 
 def recipe_header(name: str) -> list[str]:
     """The overrides that a page's header names for its other setting."""
-    from fedllm.recipe import find
+    from fedllm.recipe.page import find
 
     lines = [line[1:].split() for line in find(name).read_text().splitlines() if line.startswith("#   ")]
     return [word for words in lines for word in words if "=" in word and not word.startswith("eval.")]

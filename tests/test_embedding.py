@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from fedllm import checkpoint, cli, recipe, train
+from fedllm import cli, train
 from fedllm.algorithms import ALGORITHMS
+from fedllm.commands.tsne import Point, laid_out, network_of, picture, points_of, thinned
 from fedllm.core import Client, FedError, Model, Round
-from fedllm.embedding import Point, laid_out, network_of, picture, points_of, thinned
 from fedllm.models.build import drawn
 from fedllm.models.network import Network
+from fedllm.recipe import page as recipe
+from fedllm.storage import checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from fedllm import adapters, evaluation
 from fedllm.cli import main as fedllm
 from fedllm.core import FedError
-from fedllm.evaluation import Settings, evaluate, interval
-from fedllm.inference import Sampling, continue_batch, generate
+from fedllm.evaluation import run as evaluation
+from fedllm.evaluation.run import Settings, evaluate, interval
 from fedllm.lowrank import LowRank
 from fedllm.models import language
+from fedllm.models.inference import Sampling, continue_batch, generate
 from fedllm.models.language import LanguageModel
+from fedllm.storage import peft_folder as adapters
 from tests.test_alpaca import by_hand
 
 ROOT = Path(__file__).parents[1]

@@ -14,16 +14,16 @@ import torch
 
 from fedllm.algorithms import ALGORITHMS
 from fedllm.core import Algorithm, Client, Failed, FedError, Job, Model, Reply, Round, Tensors
-from fedllm.faults import LAST, Faults
+from fedllm.fleets.faults import LAST, Faults
+from fedllm.fleets.interrupt import ECHO, once
 from fedllm.fleets.local import Local
-from fedllm.fleets.waiting import Waiting
-from fedllm.interrupt import ECHO, once
-from fedllm.ledger import digest
+from fedllm.fleets.resumed import Waiting
 from fedllm.lowrank import LowRank
 from fedllm.progress import Silent
 from fedllm.recipe import load
-from fedllm.robust import Clip, Krum
 from fedllm.rounds import Interrupted, Outcome, Policy, federate
+from fedllm.server.robust import Clip, Krum
+from fedllm.wire.serialization import digest
 
 CLIENTS = [Client(f"c{i}", 10 + i, rank) for i, rank in enumerate([4, 4, 4, 4, 4])]
 SHAPES = {"q": (7, 5), "v": (6, 8)}
@@ -269,7 +269,7 @@ def test_waiting_clients_are_of_one_attempt_only() -> None:
 def test_ctrl_c_once_asks_and_twice_leaves(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A second signal within the echo is the first one again."""
     now = [100.0]
-    monkeypatch.setattr("fedllm.interrupt.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("fedllm.fleets.interrupt.time.monotonic", lambda: now[0])
     before = signal.getsignal(signal.SIGINT)
     with once() as asked:
         assert not asked()

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedllm.algorithms.fedloru import FedLoRAAvg, FedLoRU, added, arrived
-from fedllm.algorithms.mfedloru import MFedLoRU
-from fedllm.algorithms.pfedloru import PFedLoRU
+from fedllm.algorithms.lora.fedloru import FedLoRAAvg, FedLoRU, added, arrived
+from fedllm.algorithms.lora.mfedloru import MFedLoRU
+from fedllm.algorithms.lora.pfedloru import PFedLoRU
 from fedllm.core import Client, FedError, Model, Reply, Round, Tensors, under, within
-from fedllm.ledger import canonical, flatten, size, unflatten
+from fedllm.data.encoding import encode
 from fedllm.lowrank import LowRank
 from fedllm.models.language import LanguageModel, load, skeleton, source, tokenizer
-from fedllm.rows import encode
+from fedllm.wire.serialization import canonical, flatten, size, unflatten
 from fedllm.workers.sft import SFT, SFTWorker, target_shapes
 
 SHAPES = {"q": (40, 30), "v": (24, 30)}

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedllm.algorithms.fedloru import FedLoRAAvg, FedLoRU, added
-from fedllm.algorithms.mfedloru import MFedLoRU
-from fedllm.algorithms.pfedloru import PFedLoRU
+from fedllm.algorithms.lora.fedloru import FedLoRAAvg, FedLoRU, added
+from fedllm.algorithms.lora.mfedloru import MFedLoRU
+from fedllm.algorithms.lora.pfedloru import PFedLoRU
 from fedllm.core import Algorithm, FedError, Tensors, within
 from fedllm.lowrank import LowRank
 from fedllm.models.lowrank_conv import plain

@@ -18,19 +18,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedllm.algorithms.fedit import FedIT
+from fedllm.algorithms.lora.fedit import FedIT
 from fedllm.core import Client, Failed, FedError, Job, Reply, Round
-from fedllm.fleets.accelerate import Accelerate, serve, spread
-from fedllm.fleets.attempt import attempt
+from fedllm.data.encoding import encode
 from fedllm.fleets.local import Local
+from fedllm.fleets.multiprocess import Accelerate, serve, spread
 from fedllm.fleets.processes import Processes, joined
-from fedllm.ledger import digest
+from fedllm.fleets.train_client import attempt
 from fedllm.lowrank import LowRank, fill
 from fedllm.models.language import LanguageModel, tokenizer
 from fedllm.models.language import load as load_model
-from fedllm.payload import pack, unpack
 from fedllm.progress import Silent
-from fedllm.rows import encode
+from fedllm.wire.messages import pack, unpack
+from fedllm.wire.serialization import digest
 from fedllm.workers.sft import SFT, SFTWorker
 
 ROOT = Path(__file__).parents[1]

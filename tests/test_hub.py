@@ -16,12 +16,15 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from fedllm import adapters, card, hub, merge, story
 from fedllm.core import FedError
+from fedllm.export import hub, merge
+from fedllm.export import model_card as card
 from fedllm.lowrank import LowRank
 from fedllm.models import language
 from fedllm.models.language import LanguageModel
-from fedllm.recipe import Hub, load
+from fedllm.recipe.page import Hub, load
+from fedllm.reports import run_record as story
+from fedllm.storage import peft_folder as adapters
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["run.threads=1", "worker.steps=4", "data.train_rows=24", "data.test_rows=4", "eval.max_new_tokens=4"]
@@ -32,10 +35,10 @@ import json, sys, torch
 from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from fedllm.inference import held_out_loss
+from fedllm.models.inference import held_out_loss
 from fedllm.models.language import load as load_base
 from fedllm.recipe import load
-from fedllm.workers.text import TextFederation
+from fedllm.federation.text import TextFederation
 
 page, repo, whole, out = sys.argv[1:]
 federation = TextFederation(load([f"recipe={page}"]))

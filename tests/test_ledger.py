@@ -2,8 +2,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from fedllm.ledger import flatten, size, unflatten
 from fedllm.lowrank import LowRank
+from fedllm.wire.serialization import flatten, size, unflatten
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

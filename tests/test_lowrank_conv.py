@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from fedllm.accounting import trainable
 from fedllm.core import FedError, Model, Round
 from fedllm.lowrank import LowRank
 from fedllm.models.build import build, drawn
 from fedllm.models.cnn import YiCNN
+from fedllm.models.flops import trainable
 from fedllm.models.lowrank_conv import (
     LowRankConv,
     Pair,

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fedllm import sweep
-from fedllm.algorithms.progfed import ProgFed
+from fedllm.algorithms.networks.progfed import ProgFed
 from fedllm.cli import main
-from fedllm.entries import entries_of
+from fedllm.commands import sweep
+from fedllm.reports.compare.runs import entries_of
 
 FULL, TWO, ONE = "HeteroFL 1, .75, .5", "HeteroFL .75, .5", "HeteroFL .5"
 

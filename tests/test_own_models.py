@@ -16,19 +16,20 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, kl_div
 
-from fedllm import recipe, train
-from fedllm.algorithms.fd import FD, grouped
-from fedllm.algorithms.standalone import Standalone
+from fedllm import train
+from fedllm.algorithms.own_models.fd import FD, grouped
+from fedllm.algorithms.own_models.standalone import Standalone
 from fedllm.core import Algorithm, Client, FedError, Round
+from fedllm.data.encoding import encode
+from fedllm.export.hub import ready
 from fedllm.fleets.local import Local
-from fedllm.hub import ready
-from fedllm.ledger import canonical, digest
 from fedllm.lowrank import LowRank, fill
 from fedllm.models.language import LanguageModel, common_tokenizer, config, load, skeleton, tokenizer
 from fedllm.models.network import Network
 from fedllm.progress import Silent
+from fedllm.recipe import page as recipe
 from fedllm.rounds import Outcome, federate
-from fedllm.rows import encode
+from fedllm.wire.serialization import canonical, digest
 from fedllm.workers.sft import SFT, SFTWorker, target_shapes
 
 ROOT = Path(__file__).parents[1]

@@ -29,24 +29,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fedllm.lowrank": set(),
     "fedllm.core": {"fedllm.lowrank"},
     "fedllm.mean": {"fedllm.core", "fedllm.lowrank"},
-    "fedllm.submodel": {"fedllm.core", "fedllm.lowrank"},
+    "fedllm.models.submodel": {"fedllm.core", "fedllm.lowrank"},
 }
 """All that the modules at the bottom may import of this package."""
 
 FOR_ALGORITHMS = {
     "fedllm.algorithms",
     "fedllm.mean",
-    "fedllm.submodel",
+    "fedllm.models.submodel",
     "fedllm.core",
     "fedllm.lowrank",
-    "fedllm.models.beside",
+    "fedllm.models.paired",
     "fedllm.models.build",
     "fedllm.models.cnn",
     "fedllm.models.factorized",
     "fedllm.models.flanc",
     "fedllm.models.lowrank_conv",
     "fedllm.models.resnet",
-    "fedllm.ranges",
+    "fedllm.config.types",
 }
 NOT_FOR_ALGORITHMS = {"trl", "peft", "transformers", "accelerate", "datasets", "flwr"}
 
@@ -247,8 +247,8 @@ def test_recipes_are_found_from_the_wheel_alone(wheel, tmp_path):
     wheel.extractall(site)
     elsewhere.mkdir()
     program = (
-        "import fedllm.recipe, fedllm.sweep, json; "
-        "print(json.dumps([fedllm.__file__, str(fedllm.recipe.find('smoke')), str(fedllm.sweep.find('smoke'))]))"
+        "import fedllm.recipe.page, fedllm.commands.sweep, json; "
+        "print(json.dumps([fedllm.__file__, str(fedllm.recipe.page.find('smoke')), str(fedllm.commands.sweep.find('smoke'))]))"
     )
     command = [sys.executable, "-c", program]
     env = os.environ | {"PYTHONPATH": str(site)}

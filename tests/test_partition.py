@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm import partition
 from fedllm.core import Client, FedError
-from fedllm.partition import (
+from fedllm.data import partition
+from fedllm.data.partition import (
     PARTITIONS,
     ByRank,
     ClassesPerClient,

@@ -13,23 +13,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedllm import cli, ledger, recipe, train
-from fedllm.accounting import sizes
-from fedllm.admission import admit, suspects
+from fedllm import cli, train
 from fedllm.algorithms import PRIVATE
-from fedllm.algorithms.class_means import class_means
-from fedllm.algorithms.fd import FD
-from fedllm.algorithms.fedkd import FedKD, compressed, decompressed
-from fedllm.algorithms.fedlora import FedLoRA
-from fedllm.algorithms.fedproto import FedProto, nearness
-from fedllm.algorithms.fml import FML
-from fedllm.algorithms.lg_fedavg import LGFedAvg
-from fedllm.algorithms.standalone import Standalone
+from fedllm.algorithms.own_models.class_means import class_means
+from fedllm.algorithms.own_models.fd import FD
+from fedllm.algorithms.own_models.fedkd import FedKD, compressed, decompressed
+from fedllm.algorithms.own_models.fedlora import FedLoRA
+from fedllm.algorithms.own_models.fedproto import FedProto, nearness
+from fedllm.algorithms.own_models.fml import FML
+from fedllm.algorithms.own_models.lg_fedavg import LGFedAvg
+from fedllm.algorithms.own_models.standalone import Standalone
 from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors, within
 from fedllm.lowrank import LowRank
 from fedllm.models.build import Features, drawn
+from fedllm.models.flops import sizes
 from fedllm.models.network import Network
+from fedllm.recipe import page as recipe
+from fedllm.server.admission import admit, suspects
 from fedllm.tasks.images import Prototypes
+from fedllm.wire import serialization as ledger
 from fedllm.workers.vision import Vision, VisionWorker
 
 TASK = Prototypes(sigma=0.7, train_rows=80, test_rows=40, side=8)

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from fedllm.algorithms import ALGORITHMS
+from fedllm.commands.methods import table
 from fedllm.core import Client, Model, Reply, Round
 from fedllm.lowrank import LowRank
-from fedllm.methods import table
-from fedllm.recipe import find
-from fedllm.report import summary_table
+from fedllm.recipe.page import find
+from fedllm.reports.report import summary_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

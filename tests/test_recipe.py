@@ -8,14 +8,14 @@ from typing import get_args, get_origin, get_type_hints
 
 import pytest
 
-from fedllm import recipe as recipes
 from fedllm.algorithms import ALGORITHMS
 from fedllm.core import FedError
-from fedllm.evaluation import SCORED, Settings
-from fedllm.faults import Faults
-from fedllm.partition import PARTITIONS
-from fedllm.recipe import PROFILES, Clients, dump, find, folders, load, typed
-from fedllm.robust import ROBUST
+from fedllm.data.partition import PARTITIONS
+from fedllm.evaluation.run import SCORED, Settings
+from fedllm.fleets.faults import Faults
+from fedllm.recipe import page as recipes
+from fedllm.recipe.page import PROFILES, Clients, dump, find, folders, load, typed
+from fedllm.server.robust import ROBUST
 from fedllm.tasks import TASKS
 from fedllm.workers import WORKERS
 

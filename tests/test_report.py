@@ -13,11 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from fedllm import client_plots, plots, report, story, weight_plots
 from fedllm.core import FedError
-from fedllm.plots import draw
-from fedllm.report import print_summary, summary_table, write
-from fedllm.story import records_in
+from fedllm.reports import report
+from fedllm.reports import run_record as story
+from fedllm.reports.plots import clients as client_plots
+from fedllm.reports.plots import run as plots
+from fedllm.reports.plots import weights as weight_plots
+from fedllm.reports.plots.run import draw
+from fedllm.reports.report import print_summary, summary_table, write
+from fedllm.reports.run_record import records_in
 
 SUMMARY = {
     "title": "Demo",
@@ -378,7 +382,7 @@ def test_drawing_leaves_matplotlib_as_it_was_and_makes_no_pyplot(tmp_path):
     run = make_run(tmp_path / "demo", 1, 4)
     write(run)
     assert dict(matplotlib.rcParams) == before
-    program = "import sys; from pathlib import Path; from fedllm.report import write; write(Path(sys.argv[1]));"
+    program = "import sys; from pathlib import Path; from fedllm.reports.report import write; write(Path(sys.argv[1]));"
     program += "sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program, str(run)], timeout=120).returncode == 0
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from fedllm.admission import moved
 from fedllm.algorithms import ALGORITHMS
 from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors
 from fedllm.lowrank import LowRank
-from fedllm.robust import ROBUST, Clip, Krum, Median, TrimmedMean, Trust
+from fedllm.server.admission import moved
+from fedllm.server.robust import ROBUST, Clip, Krum, Median, TrimmedMean, Trust
 
 RULES = {
     name: kind() for name, kind in ALGORITHMS.items() if name in {"fedit", "zero_padding", "flexlora", "flora", "fedhl"}

@@ -20,9 +20,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm import jail, sandbox
 from fedllm.core import FedError
-from fedllm.sandbox import Limits, Program, run, run_all
+from fedllm.sandbox import jail
+from fedllm.sandbox import runner as sandbox
+from fedllm.sandbox.runner import Limits, Program, run, run_all
 
 TEST = "def check(candidate):\n    assert candidate(2) == 3\n    assert candidate(40) == 41\n"
 SHORT = Limits(wall_seconds=3.0, cpu_seconds=2, memory_bytes=(512 << 20) + os.getpid())

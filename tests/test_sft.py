@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from fedllm.algorithms import LOW_RANK
 from fedllm.core import Client, FedError, Model, Reply, Round
-from fedllm.inference import generate, held_out_loss
+from fedllm.data.encoding import encode, tokens
 from fedllm.lowrank import LowRank, fill
+from fedllm.models.inference import generate, held_out_loss
 from fedllm.models.language import LanguageModel, load, skeleton, tokenizer
-from fedllm.rows import encode, tokens
 from fedllm.workers.sft import SFT, SFTWorker, target_shapes
 
 PICO = LanguageModel("pico")

@@ -7,8 +7,7 @@ from fedllm.core import FedError
 from fedllm.models.build import build
 from fedllm.models.cnn import Adapter, SmallCNN, YiCNN
 from fedllm.models.resnet import ExitResNet, ResNet
-from fedllm.models.transformer import MaskedLM
-from fedllm.submodel import (
+from fedllm.models.submodel import (
     Anatomy,
     Cut,
     at_depth,
@@ -24,6 +23,7 @@ from fedllm.submodel import (
     scatter_mean,
     take,
 )
+from fedllm.models.transformer import MaskedLM
 
 PICO = (4, 8, 12, 16)
 

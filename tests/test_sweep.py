@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedllm import sweep
+from fedllm.commands import sweep
 from fedllm.core import FedError
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +27,8 @@ MIXED = ("b4", "b3", "b2")
 
 STAND_IN = """
 import json, os, sys, time
-from fedllm import folder, recipe
+from fedllm.storage import run_folder as folder
+from fedllm.recipe import page as recipe
 told = recipe.load(sys.argv[2:])
 out, seed = told.output, told.run.seed
 (out.parent / f"here{seed}").touch()

@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm.core import FedError
+from fedllm.data.sources import read, write_jsonl
 from fedllm.tasks import TEXTS
 from fedllm.tasks.gsm8k import GSM8K, WordProblems, last_number, marked_number
-from fedllm.tasks.rows import read, write_jsonl
 
 ROOT = Path(__file__).parents[1]
 ROWS = [

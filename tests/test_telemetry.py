@@ -14,19 +14,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedllm import telemetry
 from fedllm.algorithms import LOW_RANK
-from fedllm.algorithms.fedhl import FedHL
-from fedllm.algorithms.fedit import FedIT
-from fedllm.algorithms.fedloru import FedLoRU
-from fedllm.algorithms.flexlora import FlexLoRA
-from fedllm.algorithms.flora import FLoRA
-from fedllm.algorithms.zero_padding import ZeroPadding
+from fedllm.algorithms.lora.fedhl import FedHL
+from fedllm.algorithms.lora.fedit import FedIT
+from fedllm.algorithms.lora.fedloru import FedLoRU
+from fedllm.algorithms.lora.flexlora import FlexLoRA
+from fedllm.algorithms.lora.flora import FLoRA
+from fedllm.algorithms.lora.zero_padding import ZeroPadding
 from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors
-from fedllm.ledger import canonical
 from fedllm.lowrank import LowRank
 from fedllm.rounds import sample
-from fedllm.telemetry import measure
+from fedllm.server import telemetry
+from fedllm.server.telemetry import measure
+from fedllm.wire.serialization import canonical
 
 SHAPES = {"q": (40, 30), "v": (24, 30)}
 MIXED = [Client("a", 30, 2), Client("b", 10, 3), Client("c", 25, 5), Client("d", 35, 8)]
@@ -294,11 +294,11 @@ import torch
 torch.set_num_threads(1)
 from fedllm.algorithms import LOW_RANK
 from fedllm.core import Client, Model, Reply, Round
-from fedllm.ledger import canonical
+from fedllm.wire.serialization import canonical
 from fedllm.lowrank import LowRank
-from fedllm.recipe import PROFILES
+from fedllm.recipe.page import PROFILES
 from fedllm.rounds import sample
-from fedllm.telemetry import measure
+from fedllm.server.telemetry import measure
 
 rule, population, size, modules, rounds = LOW_RANK[sys.argv[1]](), *map(int, sys.argv[2:])
 ranks = PROFILES["moderate"]  # mean rank 16

@@ -3,10 +3,10 @@
 import pytest
 
 from fedllm.core import FedError, Round
+from fedllm.federation.text import TextFederation
 from fedllm.models import language
 from fedllm.models.language import LanguageModel
 from fedllm.recipe import load
-from fedllm.workers.text import TextFederation
 
 QUICK = ["recipe=smoke", "data.train_rows=24", "data.test_rows=8", "eval.generate=false"]
 

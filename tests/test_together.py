@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedllm import recipe as recipes
 from fedllm.core import FedError
+from fedllm.recipe import page as recipes
 from fedllm.workers.sft import SFT
 
 ROOT = Path(__file__).parents[1]

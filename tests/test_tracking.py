@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fedllm import tracking
 from fedllm.core import FedError
-from fedllm.tracking import Trackio, Untracked, flat, open_tracker
+from fedllm.reports import trackers as tracking
+from fedllm.reports.trackers import Trackio, Untracked, flat, open_tracker
 
 RECORD = {
     "round": 2,

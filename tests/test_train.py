@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedllm import folder, train
+from fedllm import train
 from fedllm.algorithms import FedIT
 from fedllm.core import Client, Model
 from fedllm.fleets.local import Local
 from fedllm.progress import Silent
+from fedllm.storage import run_folder as folder
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["run.threads=1", "worker.steps=2", "data.train_rows=24", "data.test_rows=4", "eval.max_new_tokens=4"]
@@ -82,10 +83,10 @@ def test_the_adapter_loads_in_plain_peft_and_serves_the_run_s_loss(straight):
     """The exported folder on the same base model has the held-out loss of the last round."""
     from peft import PeftModel
 
-    from fedllm.inference import held_out_loss
+    from fedllm.federation.text import TextFederation
+    from fedllm.models.inference import held_out_loss
     from fedllm.models.language import load as load_model
     from fedllm.recipe import load
-    from fedllm.workers.text import TextFederation
 
     recipe = load([f"recipe={straight / 'recipe.yaml'}"])
     federation = TextFederation(recipe)

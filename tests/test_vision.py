@@ -20,18 +20,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fedllm.accounting import assign, draws
 from fedllm.core import Client, FedError, Model, Round
+from fedllm.data.partition import Dirichlet, dirichlet
+from fedllm.federation.arrays import like_train
 from fedllm.models.build import drawn
+from fedllm.models.flops import assign, draws
 from fedllm.models.network import NETWORKS, Network, fitted
-from fedllm.partition import Dirichlet, dirichlet
+from fedllm.models.submodel import at_depth, index, prefix, read, take, written
 from fedllm.recipe import load
 from fedllm.rounds import own_scores
-from fedllm.submodel import at_depth, index, prefix, read, take, written
 from fedllm.tasks.arrays import Examples
 from fedllm.tasks.images import CIFAR10, MNIST, SVHN, Prototypes, cropped
 from fedllm.tasks.wikitext import WikiText2
-from fedllm.workers.arrays import like_train
 from fedllm.workers.vision import Vision, VisionWorker, everything
 
 ROOT = Path(__file__).parents[1]

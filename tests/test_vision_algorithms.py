@@ -10,31 +10,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedllm import ledger
-from fedllm.admission import admit
 from fedllm.algorithms import WHOLE
-from fedllm.algorithms.depthfl import DepthFL
-from fedllm.algorithms.fedavg import FedAvg
-from fedllm.algorithms.fedhm import FedHM
-from fedllm.algorithms.fedlmt import FedLMT
-from fedllm.algorithms.fedloru import FedLoRAAvg, FedLoRU
-from fedllm.algorithms.fedrep import FedRep
-from fedllm.algorithms.flanc import FLANC
-from fedllm.algorithms.mfedloru import MFedLoRU
-from fedllm.algorithms.pfedlmt import PFedLMT
-from fedllm.algorithms.pfedlora import PFedLoRA1, PFedLoRA2
-from fedllm.algorithms.pfedloru import PFedLoRU
-from fedllm.algorithms.progfed import ProgFed
-from fedllm.algorithms.submodels import FedDropout, FedRolex, HeteroFL, SubModel
+from fedllm.algorithms.lora.fedloru import FedLoRAAvg, FedLoRU
+from fedllm.algorithms.lora.mfedloru import MFedLoRU
+from fedllm.algorithms.lora.pfedloru import PFedLoRU
+from fedllm.algorithms.networks.depthfl import DepthFL
+from fedllm.algorithms.networks.fedavg import FedAvg
+from fedllm.algorithms.networks.fedhm import FedHM
+from fedllm.algorithms.networks.fedlmt import FedLMT
+from fedllm.algorithms.networks.fedrep import FedRep
+from fedllm.algorithms.networks.flanc import FLANC
+from fedllm.algorithms.networks.pfedlmt import PFedLMT
+from fedllm.algorithms.networks.pfedlora import PFedLoRA1, PFedLoRA2
+from fedllm.algorithms.networks.progfed import ProgFed
+from fedllm.algorithms.networks.submodels import FedDropout, FedRolex, HeteroFL, SubModel
 from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors, within
+from fedllm.federation.arrays import LEVELS
 from fedllm.lowrank import LowRank
 from fedllm.models.build import drawn
 from fedllm.models.factorized import DECAYS, product, recover_weights
 from fedllm.models.lowrank_conv import freeze, pairs_of
 from fedllm.models.network import Network, fitted
-from fedllm.submodel import index, read, take
+from fedllm.models.submodel import index, read, take
+from fedllm.server.admission import admit
 from fedllm.tasks.images import Prototypes
-from fedllm.workers.arrays import LEVELS
+from fedllm.wire import serialization as ledger
 from fedllm.workers.vision import Vision, VisionWorker
 
 TASK = Prototypes(sigma=0.7, train_rows=64, test_rows=40, side=8)

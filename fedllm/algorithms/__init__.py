@@ -1,30 +1,30 @@
 """One file per paper, and the table of them."""
 
-from fedllm.algorithms.depthfl import DepthFL
-from fedllm.algorithms.fd import FD
-from fedllm.algorithms.fedavg import FedAvg
-from fedllm.algorithms.fedhl import FedHL
-from fedllm.algorithms.fedhm import FedHM
-from fedllm.algorithms.fedit import FedIT
-from fedllm.algorithms.fedkd import FedKD
-from fedllm.algorithms.fedlmt import FedLMT
-from fedllm.algorithms.fedlora import FedLoRA
-from fedllm.algorithms.fedloru import FedLoRAAvg, FedLoRU
-from fedllm.algorithms.fedproto import FedProto
-from fedllm.algorithms.fedrep import FedRep
-from fedllm.algorithms.flanc import FLANC
-from fedllm.algorithms.flexlora import FlexLoRA
-from fedllm.algorithms.flora import FLoRA
-from fedllm.algorithms.fml import FML
-from fedllm.algorithms.lg_fedavg import LGFedAvg
-from fedllm.algorithms.mfedloru import MFedLoRU
-from fedllm.algorithms.pfedlmt import PFedLMT
-from fedllm.algorithms.pfedlora import PFedLoRA1, PFedLoRA2
-from fedllm.algorithms.pfedloru import PFedLoRU
-from fedllm.algorithms.progfed import ProgFed
-from fedllm.algorithms.standalone import Standalone
-from fedllm.algorithms.submodels import FedDropout, FedRolex, HeteroFL
-from fedllm.algorithms.zero_padding import ZeroPadding
+from fedllm.algorithms.lora.fedhl import FedHL
+from fedllm.algorithms.lora.fedit import FedIT
+from fedllm.algorithms.lora.fedloru import FedLoRAAvg, FedLoRU
+from fedllm.algorithms.lora.flexlora import FlexLoRA
+from fedllm.algorithms.lora.flora import FLoRA
+from fedllm.algorithms.lora.mfedloru import MFedLoRU
+from fedllm.algorithms.lora.pfedloru import PFedLoRU
+from fedllm.algorithms.lora.zero_padding import ZeroPadding
+from fedllm.algorithms.networks.depthfl import DepthFL
+from fedllm.algorithms.networks.fedavg import FedAvg
+from fedllm.algorithms.networks.fedhm import FedHM
+from fedllm.algorithms.networks.fedlmt import FedLMT
+from fedllm.algorithms.networks.fedrep import FedRep
+from fedllm.algorithms.networks.flanc import FLANC
+from fedllm.algorithms.networks.pfedlmt import PFedLMT
+from fedllm.algorithms.networks.pfedlora import PFedLoRA1, PFedLoRA2
+from fedllm.algorithms.networks.progfed import ProgFed
+from fedllm.algorithms.networks.submodels import FedDropout, FedRolex, HeteroFL
+from fedllm.algorithms.own_models.fd import FD
+from fedllm.algorithms.own_models.fedkd import FedKD
+from fedllm.algorithms.own_models.fedlora import FedLoRA
+from fedllm.algorithms.own_models.fedproto import FedProto
+from fedllm.algorithms.own_models.fml import FML
+from fedllm.algorithms.own_models.lg_fedavg import LGFedAvg
+from fedllm.algorithms.own_models.standalone import Standalone
 from fedllm.core import Algorithm
 
 LOW_RANK: dict[str, type[Algorithm]] = {

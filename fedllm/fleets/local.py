@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fedllm.core import Algorithm, Failed, Job, Reply, Round, Tensors, Worker
-from fedllm.fleets.attempt import attempt
+from fedllm.fleets.train_client import attempt
 from fedllm.progress import Display
 
 

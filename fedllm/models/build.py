@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedllm.core import FedError
-from fedllm.submodel import Anatomy
+from fedllm.models.submodel import Anatomy
 
 Net = TypeVar("Net", bound=nn.Module)
 

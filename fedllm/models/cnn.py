@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fedllm.core import FedError
 from fedllm.models.build import NORM_TENSORS, Features, FedModel, fan_out, norm2d, reset, uniform
 from fedllm.models.resnet import Head
-from fedllm.submodel import Anatomy, Cut, kept
+from fedllm.models.submodel import Anatomy, Cut, kept
 
 YI_SIZES = ((32, 2000), (16, 2000), (32, 1000), (32, 800), (32, 500))
 """CNN-1 to CNN-5: filters of the second convolution, units of FC1. CNN-4's printed 3.81 MB fits no FC1 near 800."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedllm.core import FedError
 from fedllm.lowrank import LowRank, smallest, truncate_dense
 from fedllm.models.build import replace
-from fedllm.submodel import Anatomy
+from fedllm.models.submodel import Anatomy
 
 Factors = tuple[Tensor, Tensor]
 Net = TypeVar("Net", bound=nn.Module)

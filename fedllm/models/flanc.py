@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fedllm.models.build import FedModel, fan_out, norm2d, reset
 from fedllm.models.resnet import WIDTHS, Head, Shortcut, Stem
-from fedllm.submodel import Anatomy
+from fedllm.models.submodel import Anatomy
 
 
 class BasisConv(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedllm.core import FedError, Model, Round, Tensors
 from fedllm.lowrank import LowRank
 from fedllm.models import build
-from fedllm.submodel import Anatomy
+from fedllm.models.submodel import Anatomy
 
 SHARED = "shared"
 """The pair that stands for a rule's low-rank update of a frozen convolution."""

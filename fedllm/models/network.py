@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fedllm.config.types import Count, Whole
 from fedllm.core import Client, FedError
 from fedllm.models.build import FedModel, describe
 from fedllm.models.cnn import SMALL_WIDTHS, SmallCNN, YiCNN
@@ -18,7 +19,6 @@ from fedllm.models.flanc import FlancResNet
 from fedllm.models.lowrank_conv import Spec, adapt
 from fedllm.models.resnet import ExitResNet, GrowingResNet, ResNet, Scaler
 from fedllm.models.transformer import MaskedLM
-from fedllm.ranges import Count, Whole
 
 Make = Callable[..., FedModel]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fedllm.core import FedError
 from fedllm.models.build import NORM_TENSORS, FedModel, fan_out, norm2d, reset
-from fedllm.submodel import Anatomy, Cut, kept
+from fedllm.models.submodel import Anatomy, Cut, kept
 
 WIDTHS = (64, 128, 256, 512)
 

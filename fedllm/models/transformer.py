@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedllm.models.build import FedModel
-from fedllm.submodel import Anatomy, Cut, kept
+from fedllm.models.submodel import Anatomy, Cut, kept
 
 WIKITEXT2_WORDS = 33_278
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
-from fedllm.ranges import Whole
+from fedllm.config.types import Whole
+from fedllm.data.sources import Row, Sources
 from fedllm.tasks import rows as corpus
-from fedllm.tasks.rows import Row, Sources
 from fedllm.tasks.task import Task
 
 ALONE = (

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedllm.ranges import Whole
+from fedllm.config.types import Whole
+from fedllm.data.sources import Sources
 from fedllm.tasks import rows as corpus
 from fedllm.tasks.alpaca import BESIDE, Instructed
-from fedllm.tasks.rows import Sources
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import ClassVar
 
+from fedllm.config.types import Count, Seed
 from fedllm.core import FedError
-from fedllm.ranges import Count, Seed
+from fedllm.data.sources import Row, Sources
 from fedllm.tasks import rows as corpus
 from fedllm.tasks import word_problems
-from fedllm.tasks.rows import Row, Sources
 from fedllm.tasks.task import Task
 
 # Thousands commas only in groups of three: "1,2" is two numbers. A minus after a word, a digit or a bracket subtracts

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedllm.config.types import Count, NonNegative, Seed, Whole
 from fedllm.core import FedError, Unreachable
-from fedllm.ranges import Count, NonNegative, Seed, Whole
 from fedllm.tasks.arrays import Arrays, Examples, chosen
 
 Split = Literal["train", "test"]

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from fedllm.config.types import Seed, Whole
 from fedllm.core import FedError
-from fedllm.ranges import Seed, Whole
+from fedllm.data.sources import Row, Sources, Split
 from fedllm.tasks import rows as corpus
-from fedllm.tasks.rows import Row, Sources, Split
 
 
 @dataclass(frozen=True)

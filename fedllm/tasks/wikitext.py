@@ -11,9 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedllm.config.types import Between, Count, needs
 from fedllm.core import FedError, Unreachable
 from fedllm.models.transformer import WIKITEXT2_WORDS
-from fedllm.ranges import Between, Count, needs
 from fedllm.tasks.arrays import Arrays, Examples, Tally, cross_entropy, perplexity
 
 HUB = ("Salesforce/wikitext", "wikitext-2-v1")

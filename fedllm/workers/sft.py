@@ -25,13 +25,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
-from fedllm import adapters, ledger
+from fedllm.config.types import Count, NonNegative, PartShare, Positive, needs
 from fedllm.core import Client, FedError, Model, Round, Tensors, within
+from fedllm.data.encoding import Encoded
 from fedllm.lowrank import LowRank, as_lowrank
 from fedllm.models.language import LanguageModel
-from fedllm.ranges import Count, NonNegative, PartShare, Positive, needs
-from fedllm.rows import Encoded
+from fedllm.storage import peft_folder as adapters
 from fedllm.tasks.task import Task
+from fedllm.wire import serialization as ledger
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Of the logits ``(N, V)``, float32, and the tokens ``(N,)`` of a batch's completions: the mean, in nats a token."""
@@ -92,7 +93,7 @@ class SFT:
 
     def federation(self, recipe: Any) -> Any:
         """Rows, clients and plan of a recipe whose worker this is."""
-        from fedllm.workers.text import TextFederation
+        from fedllm.federation.text import TextFederation
 
         return TextFederation(recipe)
 
@@ -446,7 +447,7 @@ def _trainer(settings: SFT, model: Any, tokenizer: Any, sample: Sequence[dict[st
     from transformers import PrinterCallback, TrainerCallback
     from trl import SFTConfig
 
-    from fedllm.workers.trainer import Trainer
+    from fedllm.workers.sft_trainer import Trainer
 
     class Steps(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:

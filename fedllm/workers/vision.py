@@ -22,15 +22,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fedllm import folder, ledger
-from fedllm.accounting import Meter
+from fedllm.config.types import Count, NonNegative, PartShare, Positive, Share
 from fedllm.core import Client, Model, Round, Tensors
 from fedllm.lowrank import LowRank
 from fedllm.models.build import with_running_statistics
+from fedllm.models.flops import Meter
 from fedllm.models.lowrank_conv import SHARED, folded, nested_in, plain, unfolded
 from fedllm.models.network import Network, fitted, load, scaled
-from fedllm.ranges import Count, NonNegative, PartShare, Positive, Share
+from fedllm.storage import run_folder as folder
 from fedllm.tasks.arrays import Arrays, Examples, cross_entropy
+from fedllm.wire import serialization as ledger
 
 Loss = Callable[[Any, Tensor], Tensor]
 Phase = tuple[float, Callable[[str], bool]]
@@ -87,7 +88,7 @@ class Vision:
 
     def federation(self, recipe: Any) -> Any:
         """Examples, clients and plan of a recipe whose worker this is."""
-        from fedllm.workers.arrays import ArrayFederation
+        from fedllm.federation.arrays import ArrayFederation
 
         return ArrayFederation(recipe)
 
@@ -183,7 +184,7 @@ class Seat:
         Returns:
             The trained weights under the names of ``sent`` (the products of ``nested`` in place of its own, where
             given), the memory, and ``train_loss`` (mean over steps), ``steps``, ``flops``
-            (``fedllm.accounting.Meter``), ``seconds``.
+            (``fedllm.models.flops.Meter``), ``seconds``.
         """
         if part[0] == part[1]:
             return dict(sent), dict(memory), {}
@@ -373,7 +374,7 @@ class VisionWorker:
 
         Weights that are not a whole network (what personal models share) have no score.
         """
-        from fedllm.workers.scores import Score
+        from fedllm.workers.scoring import Score
 
         frozen = self.model.frozen or {}
         weights = update or {name: W for name, W in self.model.weights.items() if name not in frozen}

@@ -1,0 +1,1 @@
+"""Rules on low-rank adapters of frozen weights."""

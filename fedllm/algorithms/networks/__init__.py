@@ -1,0 +1,1 @@
+"""Rules on whole networks, their sub-models and factorizations."""

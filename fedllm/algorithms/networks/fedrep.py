@@ -1,0 +1,60 @@
+"""FedRep (Collins et al., 2021): a shared body, and a head of their own for every client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedllm.algorithms.networks.fedavg import FedAvg
+from fedllm.config.types import Share, Whole
+from fedllm.core import Client, Model, Reply, Round, Tensors
+
+
+@dataclass(frozen=True)
+class FedRep(FedAvg):
+    """Every round the head first, the body frozen; then the body, the head frozen; the body is averaged.
+
+    Args:
+        split: number of the last shared layer; by default all but the last one are shared.
+        head_share: of the round's steps, for the head: half of them, so that the round costs what other methods' does.
+    """
+
+    split: Whole | None = None
+    head_share: Share = 0.5
+
+    def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
+        return shared_part(model, self._last(model))
+
+    def local(
+        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
+    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+        head = memory or {name: W for name, W in worker.model.weights.items() if name not in sent}
+        phases = ((self.head_share, lambda name: name in head), (1 - self.head_share, lambda name: name in sent))
+        return personal_step(worker, sent, head, rnd, phases=phases)
+
+    def personal(self, reply: Reply, memory: Tensors) -> Tensors:
+        return {**memory, **reply.returned}
+
+    def _last(self, model: Model) -> int:
+        return len(model.anatomy.layers) - 1 if self.split is None else self.split
+
+
+def shared_part(model: Model, last: int) -> dict[str, Any]:
+    """The weights of the numbered layers up to ``last``, and of what stands before the next one."""
+    number = model.anatomy.numbers(model.weights)
+    return {name: W for name, W in {**model.weights, **model.update}.items() if number[name] <= last}
+
+
+def personal_step(
+    worker: Any,
+    sent: Tensors,
+    private: Tensors,
+    rnd: Round,
+    alphas: Mapping[str, float] | None = None,
+    **how: Any,
+) -> tuple[Tensors, Tensors, dict[str, float]]:
+    """Trains both groups as one network: the shared one returns, the private one is remembered, both are scored."""
+    trained, _, metrics = worker.train({**private, **sent}, {}, rnd, alphas=alphas, **how)
+    scores = {f"own_{key}": value for key, value in worker.score(trained, alphas).items()}
+    return {name: trained[name] for name in sent}, {name: trained[name] for name in private}, {**metrics, **scores}

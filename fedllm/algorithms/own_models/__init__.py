@@ -1,0 +1,1 @@
+"""Rules that leave each client a model of its own."""

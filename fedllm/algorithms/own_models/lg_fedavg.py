@@ -1,0 +1,44 @@
+"""LG-FedAvg (Liang et al., 2020): every client has its own representation, and one last layer is shared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedllm.algorithms.networks.fedavg import FedAvg
+from fedllm.algorithms.networks.fedrep import personal_step
+from fedllm.core import Client, Model, Reply, Round, Tensors, under
+
+
+@dataclass(frozen=True)
+class LGFedAvg(FedAvg):
+    """All layers train together; the last one travels and is averaged."""
+
+    def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
+        return head(model)
+
+    def local(
+        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
+    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+        private = memory or {name: W for name, W in worker.model.weights.items() if name not in sent}
+        return personal_step(worker, sent, private, rnd)
+
+    def served(self, state: Tensors) -> Tensors:
+        """The shared layer, which is no network that could be scored."""
+        return under("shared", state)
+
+    def personal(self, reply: Reply, memory: Tensors) -> Tensors:
+        return {**memory, **reply.returned}
+
+
+def head(model: Model) -> dict[str, Any]:
+    """The last linear layer: a matrix ``(classes, d)`` and its bias."""
+    last = model.anatomy.layers[-1]
+    return {name: W for name, W in {**model.weights, **model.update}.items() if name.startswith(f"{last}.")}
+
+
+def head_shape(model: Model) -> tuple[int, int]:
+    """Classes, and the length ``d`` of the representation that the last layer reads."""
+    classes, d = next(W.shape for W in head(model).values() if W.ndim == 2)
+    return classes, d

@@ -1,0 +1,1 @@
+"""The commands that are nothing else, one file each."""

@@ -1,0 +1,1 @@
+"""Strict, typed sections of a page."""

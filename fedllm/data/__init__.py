@@ -1,0 +1,1 @@
+"""Rows: their sources, tokens and partition over clients."""

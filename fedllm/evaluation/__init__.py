@@ -1,0 +1,1 @@
+"""Scores of a run, an adapter or a model, with receipts."""

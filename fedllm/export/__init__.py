@@ -1,0 +1,1 @@
+"""The merged model, the model card and the upload to the Hub."""

@@ -1,0 +1,347 @@
+"""A run's model on the Hugging Face Hub: which files, the check before, the upload with its retries.
+
+Private unless told otherwise, nothing but what ``--dry-run`` lists, and the token is only ever in the library's hands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedllm.core import FedError, Model, Reply, Tensors
+from fedllm.export import merge as merging
+from fedllm.export import model_card as card
+from fedllm.export.merge import Merged
+from fedllm.models import language
+from fedllm.progress import size
+from fedllm.recipe import page as recipes
+from fedllm.recipe.page import Hub, Recipe
+from fedllm.reports import run_record as story
+from fedllm.storage import peft_folder as adapters
+from fedllm.storage import run_folder as folder
+
+T = TypeVar("T")
+
+Parcel = dict[str, Path | bytes]
+"""What is uploaded: the path in the repository, and the file or the bytes."""
+
+TRIES, FIRST_WAIT = 5, 1.0
+"""Of every request that may pass: 1, 2, 4 and 8 seconds between them."""
+
+PASSING = {408, 425, 429, 500, 502, 503, 504}
+"""Answers that another try may change."""
+
+SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{30,}|\bhf_jwt_[A-Za-z0-9._-]{30,}")
+TEXT = {".json", ".jsonl", ".yaml", ".md", ".txt", ".jinja"}
+
+
+def export(
+    recipe: Recipe, model: Model, state: Tensors, replies: Sequence[Reply], memories: Mapping[str, Tensors]
+) -> None:
+    """Writes a finished run's adapters: the server's, and with ``hub.clients`` each client's own of the last round."""
+    kind = recipe.worker.exported
+    recipe.worker.export(recipe.output / kind, recipe.algorithm.served(state), recipe, model)
+    for reply in replies if recipe.hub.clients else ():
+        own = recipe.algorithm.personal(reply, memories.get(reply.client.id, {}))
+        theirs = dataclasses.replace(recipe, model=recipe.model.of(reply.client))
+        recipe.worker.export(recipe.output / f"{kind}_clients" / reply.client.id, own, theirs, model)
+    folder.write(recipe.output / "versions.json", json.dumps(card.versions(), indent=1))
+
+
+def ready(recipe: Recipe) -> None:
+    """Before a run whose end is a merged model or an upload: raises FedError where that cannot work."""
+    named(recipe.hub)
+    if recipe.hub.push or recipe.hub.merged:
+        _has_adapter(recipe)
+    if recipe.hub.push and not recipe.hub.dry_run:
+        check(recipe.hub)
+
+
+def publish(recipe: Recipe, console: Console) -> None:
+    """What a run that has just ended is to end in: ``hub.merged``, ``hub.push``; what fails says how to try again."""
+    out, settings = recipe.output, recipe.hub
+    if settings.merged:
+        measured = merged_model(out, recipe, settings)
+        console.print(f"[dim]merged model: {out / 'merged'} ({measured.dtype})[/dim]", soft_wrap=True)
+    if not settings.push:
+        return
+    try:
+        push(out, settings, console)
+    except FedError as error:
+        raise FedError(f"{error} The run itself is whole: `fedllm push {out}` uploads it.") from error
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``fedllm push RUN``; what is not said, but for the dry run, is taken from the run's own ``hub`` section."""
+    parser = argparse.ArgumentParser(prog="fedllm push", description="Uploads a finished run's adapter and model card.")
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("--repo", metavar="OWNER/NAME")
+    parser.add_argument("--dry-run", action="store_true", help="list the files, upload nothing")
+    parser.add_argument("--public", action="store_true", help="anyone may read it; private by default")
+    parser.add_argument(
+        "--merged", action="store_true", help="the merged model too, in the root; the adapter in adapter/"
+    )
+    parser.add_argument("--clients", action="store_true", help="each client's own adapter too, where the run kept them")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="of the merged model")
+    parser.add_argument("--license", help="of what is uploaded; the base model's where it is known")
+    given = parser.parse_args(arguments)
+    settings = _recipe_of(given.run).hub
+    settings = dataclasses.replace(
+        settings,
+        repo=given.repo or settings.repo,
+        dry_run=given.dry_run,
+        private=not given.public and settings.private,
+        merged=given.merged or settings.merged,
+        clients=given.clients or settings.clients,
+        dtype=given.dtype or settings.dtype,
+        license=given.license or settings.license,
+    )
+    push(given.run, settings, Console())
+    return 0
+
+
+def push(run: Path, settings: Hub, console: Console) -> None:
+    """Uploads what ``settings`` ask for in one commit, or lists it with ``dry_run``.
+
+    Raises:
+        FedError: not a finished run, no repository, no token, no way to the Hub, no right to write there, or the
+            repository is public and ``settings.private``.
+    """
+    named(settings)
+    if not settings.dry_run:
+        check(settings)
+    licence = settings.license or known_licence(run)
+    parcel = pack(run, settings, licence)
+    show(parcel, settings, console)
+    if settings.dry_run:
+        return
+    url = upload(parcel, settings)
+    console.print(f"uploaded: {url}", soft_wrap=True)
+
+
+def named(settings: Hub) -> None:
+    """Raises FedError where the repository has a name that none can have."""
+    if settings.repo and not card.HUB_ID.fullmatch(settings.repo):
+        raise FedError(
+            f"{settings.repo!r} is no repository's name: give OWNER/NAME, of letters, digits, '-', '_' and '.'."
+        )
+
+
+def check(settings: Hub) -> None:
+    """Raises FedError where an upload cannot work, before any work is done."""
+    from huggingface_hub import get_token
+
+    if not settings.repo:
+        raise FedError("where to? Give the repository: --repo OWNER/NAME, or hub.repo=OWNER/NAME in the recipe.")
+    if not language.hub_reachable():
+        raise FedError("the Hub cannot be reached (or HF_HUB_OFFLINE is set), so nothing was uploaded.")
+    if get_token() is None:
+        raise FedError(
+            "there is no Hugging Face token: run `hf auth login`, or set HF_TOKEN, with a token that may write."
+        )
+
+
+def pack(run: Path, settings: Hub, licence: str | None) -> Parcel:
+    """Everything that is uploaded. Makes the merged model in ``run/merged`` where it is asked for and missing.
+
+    Raises:
+        FedError: the run is not finished, a file holds a token, or a client's adapter is asked for and was not kept.
+    """
+    told = story.read(run)
+    recipe = _recipe_of(run)
+    _has_adapter(recipe)
+    if not (run / "adapter" / adapters.CONFIG).is_file():
+        raise FedError(f"{run} has no adapter/ yet: the run is not finished. run.resume=true ends it.")
+    measured = merged_model(run, recipe, settings) if settings.merged else None
+    plots = sorted(path.stem for path in (run / "plots").glob("*.png"))
+    parcel: Parcel = {}
+    if measured:
+        parcel |= {path.name: path for path in sorted((run / "merged").iterdir())}
+    parcel |= adapter_files(run / "adapter", "adapter/" if measured else "")
+    if settings.clients:
+        kept = sorted((run / "adapter_clients").glob(f"*/{adapters.CONFIG}"))
+        if not kept:
+            raise FedError(f"{run} kept no client's adapter: train with hub.clients=true.")
+        for file in kept:
+            parcel |= adapter_files(file.parent, f"clients/{file.parent.name}/")
+    parcel |= {f"plots/{name}.png": run / "plots" / f"{name}.png" for name in plots}
+    parcel["rounds.jsonl"] = run / "rounds.jsonl"
+    parcel["recipe.yaml"] = card.recipe_page(told).encode()
+    known = {key: str(value) for key, value in story.json_in(run / "versions.json").items()} or card.versions()
+    page = card.text(run, told, licence=licence, known=known, plots=plots, merged=measured, repo=settings.repo)
+    parcel["README.md"] = page.encode()
+    _refuse_secrets(parcel)
+    return dict(sorted(parcel.items()))
+
+
+def adapter_files(place: Path, prefix: str) -> Parcel:
+    """A PEFT folder's two files; a base model that is a folder of this machine is not named."""
+    config = json.loads((place / adapters.CONFIG).read_text())
+    name = config.get("base_model_name_or_path")
+    if isinstance(name, str) and card.shareable(name) != name:
+        config["base_model_name_or_path"] = card.shareable(name)
+    return {
+        prefix + adapters.CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
+        prefix + adapters.WEIGHTS: place / adapters.WEIGHTS,
+    }
+
+
+def merged_model(run: Path, recipe: Recipe, settings: Hub) -> Merged:
+    """What was measured of ``run/merged``, which is made where it is missing or of another adapter or dtype."""
+    note, place = run / "merged.json", run / "merged"
+    known = story.json_in(note)
+    with (run / "adapter" / adapters.WEIGHTS).open("rb") as stream:
+        made_of = {"adapter": hashlib.file_digest(stream, "sha256").hexdigest(), "dtype": settings.dtype}
+    if place.is_dir() and known.get("made_of") == made_of:
+        return Merged(**known["measured"])
+    if place.exists():
+        shutil.rmtree(place)
+    texts = [str(row["prompt"]) for row in card.last_scores(run, story.read(run)) if row.get("prompt")]
+    measured = merging.merge(
+        recipe.model, run / "adapter", place, dtype=settings.dtype, seed=recipe.run.seed, texts=texts
+    )
+    folder.write(note, json.dumps({"made_of": made_of, "measured": dataclasses.asdict(measured)}, indent=1))
+    return measured
+
+
+def known_licence(run: Path) -> str | None:
+    """The base model's licence: from the card beside its weights, or from the Hub where it answers."""
+    from huggingface_hub import ModelCard, model_info
+    from huggingface_hub.errors import HTTPError
+
+    name = card.base_of(story.read(run))
+    page = Path(name).expanduser() / "README.md"
+    if page.is_file():
+        try:
+            found = ModelCard.load(page).data.to_dict().get("license")
+        except (OSError, ValueError):
+            return None
+    elif card.HUB_ID.fullmatch(name) and language.hub_reachable():
+        try:
+            data = model_info(name).card_data
+        except (HTTPError, OSError, ValueError):
+            return None
+        found = data.to_dict().get("license") if data else None
+    else:
+        return None
+    return found if isinstance(found, str) else None
+
+
+def show(parcel: Parcel, settings: Hub, console: Console) -> None:
+    """The files with their sizes, and where they go."""
+    sizes = {name: _size(source) for name, source in parcel.items()}
+    listed = Table(box=None, pad_edge=False, show_header=False)
+    listed.add_column(no_wrap=True)
+    listed.add_column(justify="right", no_wrap=True)
+    for name, count in sizes.items():
+        listed.add_row(Text(name), size(count))
+    console.print(listed)
+    where = settings.repo or "(no --repo given)"
+    kind = "private" if settings.private else "public"
+    verb = "would be uploaded" if settings.dry_run else "to upload"
+    console.print(f"{len(parcel)} files, {size(sum(sizes.values()))}, {verb} to {where} ({kind})", soft_wrap=True)
+
+
+def upload(parcel: Parcel, settings: Hub) -> str:
+    """Makes the repository where it is missing and commits the files at once; its address."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api, repo = HfApi(), str(settings.repo)
+    attempt(lambda: api.create_repo(repo, private=settings.private, exist_ok=True), repo)
+    info = attempt(lambda: api.model_info(repo), repo)
+    if settings.private and not info.private:
+        raise FedError(f"{repo} exists and is public, and nothing was uploaded: give --public, or another --repo.")
+    message = f"fedllm {card.fedllm.__version__}: adapter" + (" and merged model" if settings.merged else "")
+
+    def commit() -> Any:
+        added = [
+            CommitOperationAdd(name, source if isinstance(source, bytes) else str(source))
+            for name, source in parcel.items()
+        ]
+        return api.create_commit(repo, added, commit_message=message)
+
+    attempt(commit, repo)
+    return f"{api.endpoint}/{repo}"
+
+
+def attempt(action: Callable[[], T], repo: str, wait: Callable[[float], None] = time.sleep) -> T:
+    """The action's result; again, twice as late each time, where the Hub's answer or the network may pass.
+
+    Raises:
+        FedError: with what the Hub said, after the last try or where no other try would help.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    for number in range(1, TRIES + 1):
+        try:
+            return action()
+        except HfHubHTTPError as error:
+            status = error.response.status_code if error.response is not None else 0
+            if status not in PASSING or number == TRIES:
+                raise FedError(_refused(status, repo, error)) from error
+        except HTTPError as error:
+            if number == TRIES:
+                raise FedError(
+                    f"the Hub did not answer in {TRIES} tries ({type(error).__name__}): {repo} was not uploaded."
+                ) from error
+        wait(FIRST_WAIT * 2 ** (number - 1))
+    raise AssertionError("unreachable")
+
+
+def _refused(status: int, repo: str, error: Exception) -> str:
+    said = " ".join(str(getattr(error, "server_message", None) or error).split())[:300]
+    known = {
+        401: f"the Hub does not accept the token, so {repo} was not uploaded: run `hf auth login` again.",
+        403: f"the token may not write to {repo}: take a token with the write role, or a repository of yours.",
+        404: f"the Hub has no {repo}, or the token may not see it.",
+    }
+    return known.get(status, f"the Hub refused the upload to {repo} with {status}: {said}")
+
+
+def _recipe_of(run: Path) -> Recipe:
+    if not (run / "recipe.yaml").is_file():
+        raise FedError(f"{run} is no run's folder: it has no recipe.yaml. Give the folder that run.output named.")
+    return recipes.load([f"recipe={run / 'recipe.yaml'}"])
+
+
+def _has_adapter(recipe: Recipe) -> None:
+    if recipe.worker.exported != "adapter":
+        raise FedError(
+            f"worker.name={recipe.worker_name} trains no adapter of a language model, and push uploads those."
+        )
+    if recipe.algorithm.any_model:
+        raise FedError(
+            f"algorithm.name={recipe.algorithm_name} leaves every client its own adapter, and push uploads the common "
+            "one: hub.clients=true keeps the clients' in adapter_clients/."
+        )
+
+
+def _size(source: Path | bytes) -> int:
+    return len(source) if isinstance(source, bytes) else source.stat().st_size
+
+
+def _refuse_secrets(parcel: Mapping[str, Path | bytes]) -> None:
+    """Raises FedError where a text file holds a Hub token, this process's or any other."""
+    from huggingface_hub import get_token
+
+    token = (get_token() or "").encode()
+    for name, source in parcel.items():
+        if Path(name).suffix not in TEXT:
+            continue
+        held = source if isinstance(source, bytes) else source.read_bytes()
+        if SECRET.search(held) or (len(token) > 8 and token in held):
+            raise FedError(
+                f"{name} holds a Hugging Face token, and nothing was uploaded: take it out of the run's files."
+            )

@@ -1,0 +1,1 @@
+"""The federation that a recipe describes: clients, rows, plan and worker."""

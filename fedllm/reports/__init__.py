@@ -1,0 +1,1 @@
+"""The report of a run, from the run's files."""

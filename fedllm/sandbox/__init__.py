@@ -1,0 +1,1 @@
+"""The sandbox for programs that a model writes."""

@@ -1,0 +1,1 @@
+"""The server's work between the replies and the average: admission, guards, telemetry."""
