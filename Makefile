@@ -34,5 +34,5 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed-demo
 	@echo "Installing what the tests need into $(VENV) ..."
-	$(PIP) install -c constraints.txt -e '.[demo,quantization,tracking,dev]'
+	$(PIP) install -c constraints.txt -e '.[demo,quantization,tracking,flower,privacy,lm-eval,docs,dev]'
 	@touch $@
