@@ -99,7 +99,8 @@ class Model:
         weights: the weights an algorithm may touch, by name. A frozen language model's are meta tensors: the server
             needs their shapes ``(d_out, d_in)`` and never their values.
         update: what has been learned so far on top of them, by the same names; empty at the start of a run.
-        anatomy: where a network may be cut or factorised (``fedllm.models.submodel.Anatomy``); a language model has none.
+        anatomy: where a network may be cut or factorised (``fedllm.models.submodel.Anatomy``); a language model has
+            none.
         make: describes the network on the meta device, as ``make(width=0.5)`` at another size; None likewise.
         draw: values for such a description, from the run's seed: ``draw(make(width=0.5))``.
         classes: how many answers there are: classes of images, tokens of a vocabulary; 0 where nobody asks.

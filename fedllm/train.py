@@ -35,7 +35,8 @@ from fedllm.reports import trackers as tracking
 from fedllm.recipe import page as recipes
 from fedllm.storage.checkpoint import Checkpoint
 from fedllm.core import Algorithm, Client, FedError, Fleet, Reply, Tensors, Worker
-from fedllm.fleets import accelerate, together
+from fedllm.fleets import multiprocess as accelerate
+from fedllm.fleets import data_parallel as together
 from fedllm.fleets.processes import Processes, joined
 from fedllm.fleets.resumed import Waiting
 from fedllm.fleets.interrupt import once

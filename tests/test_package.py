@@ -247,8 +247,8 @@ def test_recipes_are_found_from_the_wheel_alone(wheel, tmp_path):
     wheel.extractall(site)
     elsewhere.mkdir()
     program = (
-        "import fedllm.recipe.page, fedllm.commands.sweep, json; "
-        "print(json.dumps([fedllm.__file__, str(fedllm.recipe.page.find('smoke')), str(fedllm.commands.sweep.find('smoke'))]))"
+        "import fedllm, json; from fedllm.recipe import page; from fedllm.commands import sweep; "
+        "print(json.dumps([fedllm.__file__, str(page.find('smoke')), str(sweep.find('smoke'))]))"
     )
     command = [sys.executable, "-c", program]
     env = os.environ | {"PYTHONPATH": str(site)}

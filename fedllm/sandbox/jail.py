@@ -1,4 +1,4 @@
-"""The inside of the sandbox: a program and its tests, each in a jail of its own. `fedllm.sandbox.runner` starts this script.
+"""The inside of the sandbox: a program and its tests, each in a jail of its own. `runner.py` starts this script.
 
     evaluator -> this supervisor -> keeper -> candidate   (the program, process 1 of its own namespaces)
                                  -> keeper -> judge       (the trusted prompt and tests, likewise)

@@ -1,7 +1,7 @@
 """Runs programs that a language model wrote, against tests, where they can do no harm and cannot pass by cheating.
 
 A program is hostile: it may bomb, loop, read your keys, open a socket, or patch whatever checks it. It runs in
-namespaces of its own (`fedllm.sandbox.jail` says how), and the tests run in another process that it cannot reach: they call its
+namespaces of its own (`jail.py` says how), and the tests run in another process that it cannot reach: they call its
 function over a pipe, with plain data. Only the standard library can be imported.
 """
 

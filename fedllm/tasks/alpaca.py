@@ -8,8 +8,8 @@ from functools import cache
 from typing import Any, ClassVar
 
 from fedllm.config.types import Whole
+from fedllm.data import sources as corpus
 from fedllm.data.sources import Row, Sources
-from fedllm.tasks import rows as corpus
 from fedllm.tasks.task import Task
 
 ALONE = (

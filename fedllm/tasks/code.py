@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 from fedllm.config.types import Positive
 from fedllm.core import FedError
+from fedllm.data import sources as corpus
 from fedllm.data.sources import Row, Sources, Split
 from fedllm.sandbox.runner import Limits, Program, run_all
-from fedllm.tasks import rows as corpus
 from fedllm.tasks.alpaca import Instructed
 from fedllm.tasks.task import Task
 
@@ -38,7 +38,7 @@ ROSETTA = (
 
 @dataclass(frozen=True)
 class HumanEval(Task):
-    """164 Python functions to complete, each with tests; MIT licence. Its programs are hostile: see `fedllm.sandbox.runner`.
+    """164 Python functions to complete, each with tests; MIT licence. Its programs are hostile: see `fedllm.sandbox`.
 
     The program is the prompt and the generated text up to the first of ``stop`` (those of the paper, section 2.1).
 

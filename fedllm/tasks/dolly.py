@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedllm.config.types import Whole
+from fedllm.data import sources as corpus
 from fedllm.data.sources import Sources
-from fedllm.tasks import rows as corpus
 from fedllm.tasks.alpaca import BESIDE, Instructed
 
 

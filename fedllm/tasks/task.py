@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from fedllm.config.types import Seed, Whole
 from fedllm.core import FedError
+from fedllm.data import sources as corpus
 from fedllm.data.sources import Row, Sources, Split
-from fedllm.tasks import rows as corpus
 
 
 @dataclass(frozen=True)

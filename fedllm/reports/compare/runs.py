@@ -52,7 +52,7 @@ class Entry:
         return self._until("bytes_down", "bytes_up")
 
     def computed(self) -> dict[int, float]:
-        """FLOPs of the clients' training until the end of each round (``fedllm.models.flops.Meter``); 0 where unknown."""
+        """FLOPs of the clients' training until each round's end (``fedllm.models.flops.Meter``); 0 where unknown."""
         return self._until("flops")
 
     def _until(self, *keys: str) -> dict[int, float]:
