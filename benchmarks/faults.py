@@ -22,7 +22,9 @@ from typing import Any
 import torch
 
 from fedllm.algorithms import ALGORITHMS, LOW_RANK, PRIVATE, WHOLE
-from fedllm.core import Algorithm, FedError, Tensors
+from fedllm.core import Algorithm, Tensors
+from fedllm.errors import FedError
+from fedllm.federation.build import build_federation
 from fedllm.fleets.faults import Faults
 from fedllm.fleets.local import Local
 from fedllm.lowrank import LowRank
@@ -132,7 +134,7 @@ class Bench:
 def loaded(*arguments: str) -> tuple[Any, Any]:
     """The federation of a page and its worker; rules that need the same share them."""
     recipe = recipes.load(arguments)
-    federation = recipe.worker.federation(recipe)
+    federation = build_federation(recipe)
     return federation, federation.worker(lambda loss: None)
 
 

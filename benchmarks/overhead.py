@@ -31,7 +31,9 @@ from fedllm.progress import Silent
 from fedllm.rounds import federate
 from fedllm.tasks.word_problems import generate
 from fedllm.train import hush
-from fedllm.workers.sft import SFT, SFTWorker, target_shapes
+from fedllm.workers.lora import target_shapes
+from fedllm.workers.settings import SFT
+from fedllm.workers.sft import SFTWorker
 
 DEFAULTS = {
     "model": "pico",

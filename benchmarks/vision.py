@@ -26,7 +26,8 @@ from fedllm.models.build import build, drawn
 from fedllm.models.network import Network
 from fedllm.tasks.arrays import Examples
 from fedllm.tasks.images import CIFAR10
-from fedllm.workers.vision import Vision, VisionWorker
+from fedllm.workers.settings import Vision
+from fedllm.workers.vision import VisionWorker
 
 CLIENT = Client("c0", 256)
 NETWORKS = {

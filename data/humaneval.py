@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from fedllm.core import FedError
+from fedllm.errors import FedError
 from fedllm.tasks.code import HumanEval
 from fedllm.tasks.download import command
 

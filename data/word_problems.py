@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from fedllm.core import FedError
 from fedllm.data.sources import write_jsonl
+from fedllm.errors import FedError
 from fedllm.tasks.word_problems import DIFFICULTIES, split
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedllm.core import FedError
+from fedllm.errors import FedError
 
 
 def train(arguments: list[str]) -> int:
@@ -23,13 +23,14 @@ def plan(arguments: list[str]) -> int:
     """fedllm plan recipe=NAME [a.b=c ...] [--json]: who would train what, before anything heavy is loaded"""
     from rich.console import Console
 
+    from fedllm.federation.build import build_federation
     from fedllm.federation.plan import show
     from fedllm.recipe import load
     from fedllm.train import hush
 
     hush()
     recipe = load([*(argument for argument in arguments if argument != "--json"), "run.plan=true"])
-    planned = recipe.worker.federation(recipe).plan()
+    planned = build_federation(recipe).plan()
     if "--json" in arguments:
         print(json.dumps(planned))
     else:
@@ -50,7 +51,7 @@ def evaluate(arguments: list[str]) -> int:
 
     hush()
     from fedllm.evaluation.run import evaluate as run
-    from fedllm.evaluation.run import target_arguments
+    from fedllm.evaluation.settings import target_arguments
 
     if arguments and arguments[0] in {"-h", "--help"}:
         print(evaluate.__doc__)

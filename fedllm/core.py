@@ -10,11 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from types import TracebackType
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from fedllm.errors import FedError as FedError
+from fedllm.errors import Unreachable as Unreachable
 from fedllm.lowrank import LowRank
 
 Tensors = Mapping[str, Any]
@@ -22,14 +25,6 @@ Tensors = Mapping[str, Any]
 
 The names are the model's own parameter names, or groups of them (``under``); each hook knows what it put there.
 """
-
-
-class FedError(Exception):
-    """Something a user can mend. The message says what was given, what was needed and what to do; no traceback."""
-
-
-class Unreachable(FedError):
-    """The Hub cannot be reached, or does not have it: a run must stop, a plan can go on with what is known."""
 
 
 @dataclass(frozen=True)
@@ -239,3 +234,32 @@ def within(prefix: str, tensors: Tensors) -> dict[str, Any]:
 def names_of(replies: Iterable[Reply]) -> list[str]:
     """Every name that any reply returned, in the order of first appearance."""
     return list(dict.fromkeys(name for reply in replies for name in reply.returned))
+
+
+CohortEntry = tuple[str, int, int]
+"""A client's place in a round: its id, its rank, the steps it will take."""
+
+
+class Display(Protocol):
+    """What the loop tells whoever watches. Every method returns at once and raises nothing of its own."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None: ...
+
+    def round(self, index: int, cohort: Sequence[CohortEntry]) -> None:
+        """Round ``index`` (the first is 1) begins with these clients."""
+
+    def client(self, id: str) -> None:
+        """This client of the cohort trains now; the one before it is done."""
+
+    def step(self, loss: float | None = None) -> None:
+        """One optimizer step of the current client, with its loss where it is known."""
+
+    def evaluating(self, name: str) -> None:
+        """``name`` is being evaluated: "base model", "round 3", "client c0 alone"."""
+
+    def finish_round(self, record: Mapping[str, Any]) -> None:
+        """The round's record, as ``rounds.jsonl`` gets it."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -21,6 +21,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fedllm.core import CohortEntry
+from fedllm.reports.formatting import is_fraction, metric, number, size, span
+
 FRAMES_PER_SECOND = 4
 WIDEST = 110
 MARGIN = 3
@@ -28,34 +31,6 @@ MARGIN = 3
 
 SMOOTHING = 0.8
 """Share of the past in the running loss; five steps are its memory."""
-
-Seat = tuple[str, int, int]
-"""A client's place in a round: its id, its rank, the steps it will take."""
-
-
-class Display(Protocol):
-    """What the loop tells whoever watches. Every method returns at once and raises nothing of its own."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None: ...
-
-    def round(self, index: int, cohort: Sequence[Seat]) -> None:
-        """Round ``index`` (the first is 1) begins with these clients."""
-
-    def client(self, id: str) -> None:
-        """This client of the cohort trains now; the one before it is done."""
-
-    def step(self, loss: float | None = None) -> None:
-        """One optimizer step of the current client, with its loss where it is known."""
-
-    def evaluating(self, name: str) -> None:
-        """``name`` is being evaluated: "base model", "round 3", "client c0 alone"."""
-
-    def finish_round(self, record: Mapping[str, Any]) -> None:
-        """The round's record, as ``rounds.jsonl`` gets it."""
 
 
 class Silent:
@@ -67,7 +42,7 @@ class Silent:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         pass
 
-    def round(self, index: int, cohort: Sequence[Seat]) -> None:
+    def round(self, index: int, cohort: Sequence[CohortEntry]) -> None:
         pass
 
     def client(self, id: str) -> None:
@@ -103,7 +78,7 @@ class View:
     first: int = 0
     index: int = 0
     closed: bool = True
-    cohort: tuple[Seat, ...] = ()
+    cohort: tuple[CohortEntry, ...] = ()
     current: str = ""
     finished: Mapping[str, float | None] = field(default_factory=dict)
     steps: int = 0
@@ -164,7 +139,7 @@ class Progress:
             self._live.stop()  # shows the cursor again and gives stdout and stderr back, whatever ended the run
             self._live = None
 
-    def round(self, index: int, cohort: Sequence[Seat]) -> None:
+    def round(self, index: int, cohort: Sequence[CohortEntry]) -> None:
         first = self._view.first or index
         started = self._view.started if self._view.first else self._clock()
         self._view = replace(
@@ -212,58 +187,6 @@ class Progress:
 def watched(console: Console) -> bool:
     """Whether a person looks at it live. Rich takes FORCE_COLOR, as in CI, for a terminal: ask the file too."""
     return console.is_interactive and console.file.isatty()
-
-
-def number(value: Any) -> float | None:
-    """A number that can be told and drawn (finite, below 1e100), or None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        known = float(value)
-    except OverflowError:  # an integer of hundreds of digits
-        return None
-    return known if abs(known) < 1e100 else None
-
-
-def is_fraction(name: str) -> bool:
-    """Whether a metric is a share of 1, shown in percent."""
-    return any(word in name.lower() for word in ("exact_match", "accuracy", "pass@", "pass_at", "rouge"))
-
-
-def metric(name: str, value: float) -> str:
-    """A metric's value for a person: ``43.8%`` for a fraction, three digits or more for a number."""
-    if is_fraction(name):
-        return f"{100 * value:.1f}%"
-    if value == int(value) and abs(value) < 1e15 and "loss" not in name:
-        return f"{int(value):,}"
-    return f"{value:.3f}" if 0.01 <= abs(value) < 1e4 or value == 0 else f"{value:.3g}"
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units: ``1.2 MB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 999.5:
-            return f"{count:.0f} {unit}" if unit == "B" or abs(count) >= 99.95 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"
-
-
-def operations(count: float) -> str:
-    """FLOPs in decimal units: ``1.2 T``; a dash where none were counted."""
-    for unit in ("", "k", "M", "G", "T"):
-        if abs(count) < 999.5:
-            return f"{count:.3g} {unit}".strip() if count else "–"
-        count /= 1000
-    return f"{count:,.3g} P"
-
-
-def span(seconds: float) -> str:
-    """``42 s``, ``7:05``, ``2:07:05``."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    whole = round(seconds)
-    hours, minutes = whole // 3600, whole % 3600 // 60
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
 def scores(record: Mapping[str, Any]) -> list[str]:

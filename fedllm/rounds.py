@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from fedllm.core import Algorithm, Client, Failed, FedError, Fleet, Job, Reply, Round, Tensors, Worker
+from fedllm.core import Algorithm, Client, Display, Failed, Fleet, Job, Reply, Round, Tensors, Worker
+from fedllm.errors import FedError
 from fedllm.lowrank import LowRank
-from fedllm.progress import Display
 from fedllm.server import telemetry
 from fedllm.server.admission import admit, suspects
 from fedllm.server.robust import Trust

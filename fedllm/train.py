@@ -23,6 +23,7 @@ import fedllm  # noqa: F401, I001  (before torch: it says how long OpenMP's thre
 import torch
 from rich.console import Console
 
+from fedllm.federation.build import build_federation
 from fedllm.storage import checkpoint
 
 from fedllm.storage import run_folder as folder
@@ -34,7 +35,8 @@ from fedllm.reports import report
 from fedllm.reports import trackers as tracking
 from fedllm.recipe import page as recipes
 from fedllm.storage.checkpoint import Checkpoint
-from fedllm.core import Algorithm, Client, FedError, Fleet, Reply, Tensors, Worker
+from fedllm.errors import FedError
+from fedllm.core import Algorithm, Client, Fleet, Reply, Tensors, Worker
 from fedllm.fleets import multiprocess as accelerate
 from fedllm.fleets import data_parallel as together
 from fedllm.fleets.processes import Processes, joined
@@ -43,7 +45,8 @@ from fedllm.fleets.interrupt import once
 from fedllm.wire.serialization import canonical
 from fedllm.models.language import settle_network
 from fedllm.federation.plan import show
-from fedllm.progress import Display, Progress
+from fedllm.core import Display
+from fedllm.progress import Progress
 from fedllm.rounds import Interrupted, federate, own_scores
 from fedllm.reports.run_record import json_in
 
@@ -84,7 +87,7 @@ def hush() -> None:
 
 def _hand(recipe: recipes.Recipe) -> tuple[Algorithm, Worker]:
     """What a process needs that trains clients and does not lead."""
-    return recipe.algorithm, recipe.worker.federation(recipe).worker(lambda loss: None)
+    return recipe.algorithm, build_federation(recipe).worker(lambda loss: None)
 
 
 def train(recipe: recipes.Recipe, processes: Processes) -> None:
@@ -94,7 +97,7 @@ def train(recipe: recipes.Recipe, processes: Processes) -> None:
         folder.check(out, resume=run.resume, overwrite=run.overwrite)
         tracking.ready(run.tracker)
         hub.ready(recipe)
-    federation = recipe.worker.federation(recipe)
+    federation = build_federation(recipe)
     if run.plan:
         show(recipe, federation.plan(), console)
         return
@@ -188,7 +191,7 @@ def _federated(
                 rows.append({"name": f"client {reply.client.id}, its own model", **scores})
         for place in recipe.eval.alone_of(len(federation.clients)):
             rows += _alone(recipe, federation, worker, fleet, display, federation.clients[place], records)
-        hub.export(recipe, federation.model, state, replies, memories)
+        hub.export(recipe, federation, state, replies, memories)
         return rows, tracker.hint
 
 

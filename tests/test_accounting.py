@@ -7,26 +7,14 @@ import statistics
 import pytest
 import torch
 
-from fedllm.core import FedError
+from fedllm.errors import FedError
+from fedllm.federation.budget import Level, assign, draws, expected, level, plus, totals
 from fedllm.lowrank import LowRank
 from fedllm.models.build import build, describe
 from fedllm.models.cnn import Adapter, SmallCNN, YiCNN
 from fedllm.models.factorized import factorize, ranks
 from fedllm.models.flanc import FlancResNet
-from fedllm.models.flops import (
-    Level,
-    Meter,
-    assign,
-    draws,
-    expected,
-    forward_cost,
-    level,
-    params,
-    plus,
-    sizes,
-    totals,
-    trainable,
-)
+from fedllm.models.flops import Meter, forward_cost, params, sizes, trainable
 from fedllm.models.lowrank_conv import Spec, adapt, adaptable
 from fedllm.models.network import Network
 from fedllm.models.resnet import ExitResNet, ResNet, stage_rounds

@@ -20,7 +20,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedllm.core import FedError
+from fedllm.errors import FedError
 from fedllm.lowrank import LowRank
 from fedllm.storage.peft_folder import CONFIG, WEIGHTS, read, write
 

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedllm.algorithms import LOW_RANK
 from fedllm.cli import main as cli
 from fedllm.commands.aggregate import aggregate, main
-from fedllm.core import FedError
+from fedllm.errors import FedError
 from fedllm.storage.peft_folder import CONFIG, WEIGHTS
 
 Dense = dict[str, NDArray[np.float64]]

@@ -20,7 +20,8 @@ from fedllm.algorithms.lora.flexlora import FlexLoRA
 from fedllm.algorithms.lora.flora import FLoRA
 from fedllm.algorithms.lora.mfedloru import MFedLoRU
 from fedllm.algorithms.lora.zero_padding import ZeroPadding
-from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors
+from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors
+from fedllm.errors import FedError
 from fedllm.lowrank import LowRank
 from fedllm.server.admission import trained
 

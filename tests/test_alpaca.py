@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm.core import FedError
+from fedllm.errors import FedError
 from fedllm.recipe import load
 from fedllm.tasks.alpaca import Alpaca, rouge_l
 

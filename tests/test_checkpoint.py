@@ -14,7 +14,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedllm.core import Client, Failed, FedError, Reply, Round
+from fedllm.core import Client, Failed, Reply, Round
+from fedllm.errors import FedError
 from fedllm.lowrank import LowRank
 from fedllm.storage import checkpoint
 from fedllm.storage.checkpoint import Checkpoint, load, save

@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from fedllm.core import FedError
+from fedllm.errors import FedError
+from fedllm.federation.build import build_federation
 from fedllm.recipe import load
 from fedllm.sandbox.runner import missing_guarantees
 from fedllm.tasks.code import LANGUAGES, CodeAlpaca, HumanEval, RosettaAlpaca
@@ -115,4 +116,4 @@ def test_the_recipe_and_its_hundred_clients():
 def test_a_run_needs_permission_before_it_loads_anything():
     recipe = load(["recipe=fedhl_codealpaca"])
     with pytest.raises(FedError, match="eval.allow_code_execution=true"):
-        recipe.worker.federation(recipe)
+        build_federation(recipe)

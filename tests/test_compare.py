@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from fedllm.commands import compare
-from fedllm.core import FedError
+from fedllm.errors import FedError
 from fedllm.reports.compare import plots as compare_plots
 from fedllm.reports.compare.runs import Entry, entries_of
 from fedllm.reports.compare.significance import Cell, verdict

@@ -16,7 +16,8 @@ from fedllm.algorithms.lora.fedhl import FedHL
 from fedllm.algorithms.lora.fedit import FedIT
 from fedllm.algorithms.lora.fedloru import FedLoRU
 from fedllm.algorithms.lora.flexlora import FlexLoRA
-from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors, within
+from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors, within
+from fedllm.errors import FedError
 from fedllm.lowrank import LowRank
 from fedllm.recipe.page import dump, load
 from fedllm.server.admission import admit

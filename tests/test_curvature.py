@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedllm.cli import main
 from fedllm.commands import hessian
-from fedllm.core import FedError
+from fedllm.errors import FedError
 from fedllm.models.curvature import Point, stable_rank
 from fedllm.recipe import load
 

@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 
-from fedllm.recipe.page import PROFILES, load
+from fedllm.config.rank_profiles import PROFILES
+from fedllm.recipe.page import load
 from fedllm.tasks.dolly import Dolly
 
 ROW = {"instruction": "Who?", "context": "It was Ann.", "response": "Ann", "category": "closed_qa"}

@@ -13,7 +13,9 @@ import torch
 from fedllm import cli, train
 from fedllm.algorithms import ALGORITHMS
 from fedllm.commands.tsne import Point, laid_out, network_of, picture, points_of, thinned
-from fedllm.core import Client, FedError, Model, Round
+from fedllm.core import Client, Model, Round
+from fedllm.errors import FedError
+from fedllm.federation.build import build_federation
 from fedllm.models.build import drawn
 from fedllm.models.network import Network
 from fedllm.recipe import page as recipe
@@ -45,7 +47,7 @@ def test_it_sees_them_through_its_own_layers_and_the_head_that_is_served(run: Pa
     asked = recipe.load([f"recipe={run / 'recipe.yaml'}"])
     done = checkpoint.load(run / "checkpoint", asked.page)
     assert done is not None
-    federation = asked.worker.federation(asked)
+    federation = build_federation(asked)
     worker = federation.worker(lambda loss: None)
     client = next(client for client in federation.clients if client.id in done.memories)
     weights = network_of(asked.algorithm, client, done.state, done.memories[client.id], Round(1, 0))

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from fedllm.cli import main as fedllm
-from fedllm.core import FedError
+from fedllm.errors import FedError
 from fedllm.evaluation import run as evaluation
-from fedllm.evaluation.run import Settings, evaluate, interval
+from fedllm.evaluation.run import evaluate
+from fedllm.evaluation.settings import Settings
+from fedllm.evaluation.statistics import interval
 from fedllm.lowrank import LowRank
 from fedllm.models import language
 from fedllm.models.inference import Sampling, continue_batch, generate

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedllm.core import FedError
+from fedllm.errors import FedError
 from fedllm.models.build import build
 from fedllm.models.cnn import SmallCNN, YiCNN
 from fedllm.models.factorized import (

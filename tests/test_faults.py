@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from fedllm.algorithms import ALGORITHMS
-from fedllm.core import Algorithm, Client, Failed, FedError, Job, Model, Reply, Round, Tensors
+from fedllm.core import Algorithm, Client, Failed, Job, Model, Reply, Round, Tensors
+from fedllm.errors import FedError
 from fedllm.fleets.faults import LAST, Faults
 from fedllm.fleets.interrupt import ECHO, once
 from fedllm.fleets.local import Local

@@ -12,12 +12,15 @@ from torch import Tensor
 from fedllm.algorithms.lora.fedloru import FedLoRAAvg, FedLoRU, added, arrived
 from fedllm.algorithms.lora.mfedloru import MFedLoRU
 from fedllm.algorithms.lora.pfedloru import PFedLoRU
-from fedllm.core import Client, FedError, Model, Reply, Round, Tensors, under, within
+from fedllm.core import Client, Model, Reply, Round, Tensors, under, within
 from fedllm.data.encoding import encode
+from fedllm.errors import FedError
 from fedllm.lowrank import LowRank
 from fedllm.models.language import LanguageModel, load, skeleton, source, tokenizer
 from fedllm.wire.serialization import canonical, flatten, size, unflatten
-from fedllm.workers.sft import SFT, SFTWorker, target_shapes
+from fedllm.workers.lora import target_shapes
+from fedllm.workers.settings import SFT
+from fedllm.workers.sft import SFTWorker
 
 SHAPES = {"q": (40, 30), "v": (24, 30)}
 CLIENTS = [Client("a", 30, 3), Client("b", 10, 3), Client("c", 20, 3)]
@@ -499,7 +502,7 @@ def test_nested_training_touches_nothing_else(pico: SFTWorker) -> None:
     assert all(bool(returned[f"B/{name}"].A.any()) for name in arrived(sent)), "B_u has left zero"
     adapters = arrived(sent)
     for name, M in adapters.items():
-        held = pico._held(pico.layers[name])
+        held = pico.lora.read(pico.lora.layers[name])
         assert torch.equal(held.A, M.A) and torch.equal(held.B, M.B)
     still = SFTWorker(
         SFT(steps=1, learning_rate=0.0, alpha=7.0), load(PICO, torch.device("cpu"), seed=0), tokenizer(PICO),

@@ -18,7 +18,9 @@ from torch import Tensor
 from fedllm.algorithms.lora.fedloru import FedLoRAAvg, FedLoRU, added
 from fedllm.algorithms.lora.mfedloru import MFedLoRU
 from fedllm.algorithms.lora.pfedloru import PFedLoRU
-from fedllm.core import Algorithm, FedError, Tensors, within
+from fedllm.core import Algorithm, Tensors, within
+from fedllm.errors import FedError
+from fedllm.federation.build import build_federation
 from fedllm.lowrank import LowRank
 from fedllm.models.lowrank_conv import plain
 from fedllm.models.network import Network, fitted
@@ -179,7 +181,7 @@ def test_parts_of_a_round_are_its_steps_and_go_on_with_its_batches() -> None:
 
 def plan(*arguments: str) -> dict[str, Any]:
     recipe = load([*arguments, "run.plan=true"])
-    return recipe.worker.federation(recipe).plan()
+    return build_federation(recipe).plan()
 
 
 TABLE_1 = {

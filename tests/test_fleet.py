@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from fedllm.algorithms.lora.fedit import FedIT
-from fedllm.core import Client, Failed, FedError, Job, Reply, Round
+from fedllm.core import Client, Failed, Job, Reply, Round
 from fedllm.data.encoding import encode
+from fedllm.errors import FedError
 from fedllm.fleets.local import Local
 from fedllm.fleets.multiprocess import Accelerate, serve, spread
 from fedllm.fleets.processes import Processes, joined
@@ -31,7 +32,8 @@ from fedllm.models.language import load as load_model
 from fedllm.progress import Silent
 from fedllm.wire.messages import pack, unpack
 from fedllm.wire.serialization import digest
-from fedllm.workers.sft import SFT, SFTWorker
+from fedllm.workers.settings import SFT
+from fedllm.workers.sft import SFTWorker
 
 ROOT = Path(__file__).parents[1]
 TINY = [

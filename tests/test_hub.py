@@ -16,13 +16,14 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from fedllm.core import FedError
+from fedllm.errors import FedError
 from fedllm.export import hub, merge
 from fedllm.export import model_card as card
 from fedllm.lowrank import LowRank
 from fedllm.models import language
 from fedllm.models.language import LanguageModel
-from fedllm.recipe.page import Hub, load
+from fedllm.recipe.page import load
+from fedllm.recipe.sections import Hub
 from fedllm.reports import run_record as story
 from fedllm.storage import peft_folder as adapters
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedllm.core import FedError, Model, Round
+from fedllm.core import Model, Round
+from fedllm.errors import FedError
 from fedllm.lowrank import LowRank
 from fedllm.models.build import build, drawn
 from fedllm.models.cnn import YiCNN

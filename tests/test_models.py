@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedllm.core import FedError
+from fedllm.errors import FedError
 from fedllm.models.build import build, describe, norm2d, with_running_statistics
 from fedllm.models.cnn import Adapter, SmallCNN, YiCNN
 from fedllm.models.flanc import BasisConv, FlancResNet, orthogonality

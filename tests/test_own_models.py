@@ -19,9 +19,11 @@ from torch.nn.functional import cross_entropy, kl_div
 from fedllm import train
 from fedllm.algorithms.own_models.fd import FD, grouped
 from fedllm.algorithms.own_models.standalone import Standalone
-from fedllm.core import Algorithm, Client, FedError, Round
+from fedllm.core import Algorithm, Client, Round
 from fedllm.data.encoding import encode
+from fedllm.errors import FedError
 from fedllm.export.hub import ready
+from fedllm.federation.build import build_federation
 from fedllm.fleets.local import Local
 from fedllm.lowrank import LowRank, fill
 from fedllm.models.language import LanguageModel, common_tokenizer, config, load, skeleton, tokenizer
@@ -30,7 +32,9 @@ from fedllm.progress import Silent
 from fedllm.recipe import page as recipe
 from fedllm.rounds import Outcome, federate
 from fedllm.wire.serialization import canonical, digest
-from fedllm.workers.sft import SFT, SFTWorker, target_shapes
+from fedllm.workers.lora import target_shapes
+from fedllm.workers.settings import SFT
+from fedllm.workers.sft import SFTWorker
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -61,7 +65,7 @@ def adapters(run: Path) -> dict[str, bytes]:
 
 def planned(*arguments: str) -> Any:
     loaded = recipe.load([*TINY, "run.plan=true", *arguments])
-    return loaded.worker.federation(loaded)
+    return build_federation(loaded)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +131,7 @@ def test_two_processes_give_the_same_run_to_the_bit(straight: Path, tmp_path: Pa
 def played(rounds: int, *arguments: str) -> Outcome:
     """The last of some rounds, without what a run writes."""
     loaded = recipe.load([*TINY, *arguments])
-    federation, rule, show = loaded.worker.federation(loaded), loaded.algorithm, Silent()
+    federation, rule, show = build_federation(loaded), loaded.algorithm, Silent()
     worker = federation.worker(lambda loss: None)
     state = canonical(rule.init(federation.model, federation.clients))
     *_, last = federate(

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm.core import Client, FedError
+from fedllm.core import Client
 from fedllm.data import partition
 from fedllm.data.partition import (
     PARTITIONS,
@@ -29,6 +29,7 @@ from fedllm.data.partition import (
     shards,
     two_level,
 )
+from fedllm.errors import FedError
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # numpy's 0 / 0
 

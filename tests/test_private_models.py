@@ -23,7 +23,9 @@ from fedllm.algorithms.own_models.fedproto import FedProto, nearness
 from fedllm.algorithms.own_models.fml import FML
 from fedllm.algorithms.own_models.lg_fedavg import LGFedAvg
 from fedllm.algorithms.own_models.standalone import Standalone
-from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors, within
+from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors, within
+from fedllm.errors import FedError
+from fedllm.federation.build import build_federation
 from fedllm.lowrank import LowRank
 from fedllm.models.build import Features, drawn
 from fedllm.models.flops import sizes
@@ -32,7 +34,8 @@ from fedllm.recipe import page as recipe
 from fedllm.server.admission import admit, suspects
 from fedllm.tasks.images import Prototypes
 from fedllm.wire import serialization as ledger
-from fedllm.workers.vision import Vision, VisionWorker
+from fedllm.workers.settings import Vision
+from fedllm.workers.vision import VisionWorker
 
 TASK = Prototypes(sigma=0.7, train_rows=80, test_rows=40, side=8)
 EXAMPLES = {split: TASK.load(None, split, None, 0) for split in ("train", "test")}
@@ -432,7 +435,7 @@ def test_a_direct_adapter_needs_two_linear_layers() -> None:
 def test_client_k_has_network_k_mod_5() -> None:
     asked = ["recipe=fedlora_cifar10", "data.name=prototypes", "data.side=32", "data.train_rows=300", "run.plan=true"]
     loaded = recipe.load([*asked, "clients.count=12"])
-    federation = loaded.worker.federation(loaded)
+    federation = build_federation(loaded)
     assert [client.level for client in federation.clients] == [f"yi{i % 5 + 1}" for i in range(12)]
     plan = federation.plan()
     assert {level["name"]: level["params"] for level in plan["levels"]} == {
@@ -445,7 +448,7 @@ def test_a_plan_counts_the_rows_of_each_client_s_own_classes() -> None:
     """FD's upload: for each of the client's classes 10 answers of 4 bytes, and 10 marks of a byte."""
     asked = ["recipe=vision_smoke", "algorithm.name=fd", "run.plan=true", "data.partition.eta=0.1"]
     loaded = recipe.load(asked)
-    federation = loaded.worker.federation(loaded)
+    federation = build_federation(loaded)
     labels = federation.labels
     classes = {c.id: len({labels[i] for i in federation.parts[c.id]}) for c in federation.clients}
     assert len(set(classes.values())) > 1
@@ -467,7 +470,7 @@ def test_a_plan_says_where_its_bytes_are_an_upper_bound(
 def test_networks_that_differ_are_not_averaged() -> None:
     loaded = recipe.load(["recipe=fedlora_cifar10", "data.name=prototypes", "data.side=32", "algorithm.name=fedavg"])
     with pytest.raises(FedError, match="lg_fedavg"):
-        loaded.worker.federation(loaded)
+        build_federation(loaded)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 import pytest
 from rich.console import Console
 
-from fedllm.progress import Display, Progress, Silent, View, line, metric, panel, size, span, sparkline
+from fedllm.core import Display
+from fedllm.progress import Progress, Silent, View, line, panel, sparkline
+from fedllm.reports.formatting import metric, size, span
 
 COHORT = [("c0", 4, 10), ("c1", 8, 10)]
 RECORD = {

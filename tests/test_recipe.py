@@ -9,12 +9,15 @@ from typing import get_args, get_origin, get_type_hints
 import pytest
 
 from fedllm.algorithms import ALGORITHMS
-from fedllm.core import FedError
+from fedllm.config.rank_profiles import PROFILES
+from fedllm.config.schema import parse_section
 from fedllm.data.partition import PARTITIONS
-from fedllm.evaluation.run import SCORED, Settings
+from fedllm.errors import FedError
+from fedllm.evaluation.settings import SCORED, Settings
 from fedllm.fleets.faults import Faults
-from fedllm.recipe import page as recipes
-from fedllm.recipe.page import PROFILES, Clients, dump, find, folders, load, typed
+from fedllm.recipe import sections
+from fedllm.recipe.page import dump, find, folders, load
+from fedllm.recipe.sections import Clients
 from fedllm.server.robust import ROBUST
 from fedllm.tasks import TASKS
 from fedllm.workers import WORKERS
@@ -166,14 +169,14 @@ def test_the_ends_of_a_range_and_numbers_in_other_spellings_are_taken(argument):
 
 KINDS = dict.fromkeys(
     [
-        *(recipes.Run, recipes.Clients, recipes.Data, recipes.Evaluation, recipes.Admission, Faults, Settings),
+        *(sections.Run, sections.Clients, sections.Data, sections.Evaluation, sections.Admission, Faults, Settings),
         *(kind for table in (ALGORITHMS, WORKERS, ROBUST, PARTITIONS, TASKS, SCORED) for kind in table.values()),
         *(worker.model_section for worker in WORKERS.values()),
     ]
 )
 """Every dataclass whose fields a user can set."""
 
-NEEDED = {recipes.Data: {"task": None}}
+NEEDED = {sections.Data: {"task": None}}
 """What has no default."""
 
 
@@ -196,12 +199,12 @@ def test_no_number_of_any_table_may_be_nan_infinite_or_a_truth_value(kind):
         for wrong in (math.nan, math.inf, -math.inf, True):
             held = {"b1": wrong} if get_origin(hint) in {dict, Mapping} else wrong
             with pytest.raises(FedError, match=rf"^x\.{name}(\.b1)?={wrong}: give "):
-                typed(kind, NEEDED.get(kind, {}) | {name: held}, "x")
+                parse_section(kind, NEEDED.get(kind, {}) | {name: held}, "x")
 
 
 def test_what_has_no_default_is_asked_for():
     with pytest.raises(FedError, match=r"^data=\{'path': 'x'\}: give task too"):
-        typed(recipes.Data, {"path": "x"}, "data")
+        parse_section(sections.Data, {"path": "x"}, "data")
 
 
 def test_the_law_sees_numbers():

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from fedllm.core import FedError
+from fedllm.errors import FedError
 from fedllm.reports import report
 from fedllm.reports import run_record as story
 from fedllm.reports.plots import clients as client_plots

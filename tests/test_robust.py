@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fedllm.algorithms import ALGORITHMS
-from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors
+from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors
+from fedllm.errors import FedError
 from fedllm.lowrank import LowRank
 from fedllm.server.admission import moved
 from fedllm.server.robust import ROBUST, Clip, Krum, Median, TrimmedMean, Trust

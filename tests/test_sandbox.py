@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm.core import FedError
+from fedllm.errors import FedError
 from fedllm.sandbox import jail
 from fedllm.sandbox import runner as sandbox
 from fedllm.sandbox.runner import Limits, Program, run, run_all

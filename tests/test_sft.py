@@ -11,12 +11,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from fedllm.algorithms import LOW_RANK
-from fedllm.core import Client, FedError, Model, Reply, Round
+from fedllm.core import Client, Model, Reply, Round
 from fedllm.data.encoding import encode, tokens
+from fedllm.errors import FedError
 from fedllm.lowrank import LowRank, fill
 from fedllm.models.inference import generate, held_out_loss
 from fedllm.models.language import LanguageModel, load, skeleton, tokenizer
-from fedllm.workers.sft import SFT, SFTWorker, target_shapes
+from fedllm.workers.lora import target_shapes
+from fedllm.workers.settings import SFT
+from fedllm.workers.sft import SFTWorker
 
 PICO = LanguageModel("pico")
 CPU = torch.device("cpu")

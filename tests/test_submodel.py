@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedllm.core import FedError
+from fedllm.errors import FedError
 from fedllm.models.build import build
 from fedllm.models.cnn import Adapter, SmallCNN, YiCNN
 from fedllm.models.resnet import ExitResNet, ResNet

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from fedllm.commands import sweep
-from fedllm.core import FedError
+from fedllm.errors import FedError
 
 ROOT = Path(__file__).parents[1]
 PAGE = {

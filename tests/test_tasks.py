@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm.core import FedError
 from fedllm.data.sources import read, write_jsonl
+from fedllm.errors import FedError
 from fedllm.tasks import TEXTS
 from fedllm.tasks.gsm8k import GSM8K, WordProblems, last_number, marked_number
 

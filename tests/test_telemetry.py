@@ -21,7 +21,8 @@ from fedllm.algorithms.lora.fedloru import FedLoRU
 from fedllm.algorithms.lora.flexlora import FlexLoRA
 from fedllm.algorithms.lora.flora import FLoRA
 from fedllm.algorithms.lora.zero_padding import ZeroPadding
-from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors
+from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors
+from fedllm.errors import FedError
 from fedllm.lowrank import LowRank
 from fedllm.rounds import sample
 from fedllm.server import telemetry
@@ -296,7 +297,7 @@ from fedllm.algorithms import LOW_RANK
 from fedllm.core import Client, Model, Reply, Round
 from fedllm.wire.serialization import canonical
 from fedllm.lowrank import LowRank
-from fedllm.recipe.page import PROFILES
+from fedllm.config.rank_profiles import PROFILES
 from fedllm.rounds import sample
 from fedllm.server.telemetry import measure
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from fedllm.core import FedError, Round
+from fedllm.core import Round
+from fedllm.errors import FedError
 from fedllm.federation.text import TextFederation
 from fedllm.models import language
 from fedllm.models.language import LanguageModel

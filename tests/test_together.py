@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedllm.core import FedError
+from fedllm.errors import FedError
 from fedllm.recipe import page as recipes
-from fedllm.workers.sft import SFT
+from fedllm.workers.settings import SFT
 
 ROOT = Path(__file__).parents[1]
 TINY = [

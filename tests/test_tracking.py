@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedllm.core import FedError
+from fedllm.errors import FedError
 from fedllm.reports import trackers as tracking
 from fedllm.reports.trackers import Trackio, Untracked, flat, open_tracker
 

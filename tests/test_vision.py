@@ -20,11 +20,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fedllm.core import Client, FedError, Model, Round
+from fedllm.core import Client, Model, Round
 from fedllm.data.partition import Dirichlet, dirichlet
+from fedllm.errors import FedError
 from fedllm.federation.arrays import like_train
+from fedllm.federation.budget import assign, draws
+from fedllm.federation.build import build_federation
 from fedllm.models.build import drawn
-from fedllm.models.flops import assign, draws
 from fedllm.models.network import NETWORKS, Network, fitted
 from fedllm.models.submodel import at_depth, index, prefix, read, take, written
 from fedllm.recipe import load
@@ -32,7 +34,8 @@ from fedllm.rounds import own_scores
 from fedllm.tasks.arrays import Examples
 from fedllm.tasks.images import CIFAR10, MNIST, SVHN, Prototypes, cropped
 from fedllm.tasks.wikitext import WikiText2
-from fedllm.workers.vision import Vision, VisionWorker, everything
+from fedllm.workers.settings import Vision
+from fedllm.workers.vision import VisionWorker, everything
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["run.threads=1", "data.train_rows=160", "data.test_rows=40", "clients.count=4"]
@@ -388,12 +391,12 @@ def test_what_does_not_belong_together_is_said(overrides: list[str], message: st
 def test_a_federation_says_what_it_cannot_do(override: str, message: str) -> None:
     recipe = load(["recipe=vision_smoke", override])
     with pytest.raises(FedError, match=message):
-        recipe.worker.federation(recipe)
+        build_federation(recipe)
 
 
 def plan(*arguments: str) -> dict[str, Any]:
     recipe = load([*arguments, "run.plan=true"])
-    return recipe.worker.federation(recipe).plan()
+    return build_federation(recipe).plan()
 
 
 SPLIT = "data.partition.minimum=1"

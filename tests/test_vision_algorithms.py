@@ -24,7 +24,8 @@ from fedllm.algorithms.networks.pfedlmt import PFedLMT
 from fedllm.algorithms.networks.pfedlora import PFedLoRA1, PFedLoRA2
 from fedllm.algorithms.networks.progfed import ProgFed
 from fedllm.algorithms.networks.submodels import FedDropout, FedRolex, HeteroFL, SubModel
-from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors, within
+from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors, within
+from fedllm.errors import FedError
 from fedllm.federation.arrays import LEVELS
 from fedllm.lowrank import LowRank
 from fedllm.models.build import drawn
@@ -35,7 +36,8 @@ from fedllm.models.submodel import index, read, take
 from fedllm.server.admission import admit
 from fedllm.tasks.images import Prototypes
 from fedllm.wire import serialization as ledger
-from fedllm.workers.vision import Vision, VisionWorker
+from fedllm.workers.settings import Vision
+from fedllm.workers.vision import VisionWorker
 
 TASK = Prototypes(sigma=0.7, train_rows=64, test_rows=40, side=8)
 NETWORK = Network(widths=(8, 8, 8, 8))

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fedllm.algorithms import LOW_RANK
 from fedllm.config.suggest import nearest
-from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors
+from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors
+from fedllm.errors import FedError
 from fedllm.lowrank import LowRank, as_lowrank, fill
 from fedllm.server.admission import admit, misfit
 from fedllm.storage import peft_folder as adapters

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedllm.core import FedError
+from fedllm.errors import FedError
 from fedllm.reports.compare.cost_to_target import goals
 from fedllm.reports.compare.plots import draw
 from fedllm.reports.compare.runs import SHEET, entries_of, metrics_of

@@ -19,12 +19,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fedllm.core import FedError, Round
+from fedllm.config.schema import parse_section
+from fedllm.core import Round
+from fedllm.errors import FedError
 from fedllm.models.build import with_running_statistics
 from fedllm.models.curvature import Point, stable_rank
 from fedllm.models.network import Network, fitted
 from fedllm.recipe import page as recipes
-from fedllm.recipe.page import Recipe
+from fedllm.recipe.sections import Recipe
 from fedllm.storage import run_folder as folder
 from fedllm.tasks.arrays import Arrays, Examples, cross_entropy
 
@@ -80,7 +82,7 @@ def exported(place: Path) -> nn.Module:
     if not (place / "network.json").is_file():
         raise FedError(f"{place} has no network.json: let the run finish, which writes its network there.")
     told = json.loads((place / "network.json").read_text())
-    network: Network = recipes.typed(Network, told["model"], "model")
+    network: Network = parse_section(Network, told["model"], "model")
     make = network.maker(told["variant"], told["classes"], told["length"])
     return fitted(make(), load_file(place / "model.safetensors"))
 

@@ -36,12 +36,13 @@ import yaml
 
 from fedllm.commands import compare
 from fedllm.config.suggest import nearest
-from fedllm.core import Client, FedError
-from fedllm.progress import span
+from fedllm.core import Client
+from fedllm.errors import FedError
 from fedllm.recipe import page as recipes
-from fedllm.recipe.page import Recipe
+from fedllm.recipe.sections import Recipe
 from fedllm.reports import run_record as story
 from fedllm.reports.compare import runs as entries
+from fedllm.reports.formatting import span
 from fedllm.storage import checkpoint
 from fedllm.storage import run_folder as folder
 

@@ -21,7 +21,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from fedllm.core import Algorithm, Client, FedError, Reply, Round, Tensors
+from fedllm.core import Algorithm, Client, Reply, Round, Tensors
+from fedllm.errors import FedError
+from fedllm.federation.arrays import ArrayFederation
 from fedllm.recipe import page as recipe
 from fedllm.reports import report
 from fedllm.reports.plots.style import GREY, panels, save, styled
@@ -75,7 +77,7 @@ def points_of(run: Path) -> list[Point]:
     done = checkpoint.load(run / "checkpoint", asked.page)
     if done is None or not done.index:
         raise FedError(f"{run / 'checkpoint'} holds no finished round: let the run finish one, then ask again.")
-    federation = asked.worker.federation(asked)
+    federation = ArrayFederation(asked)
     worker, found = federation.worker(lambda loss: None), []
     for client in federation.clients:
         if done.memories and client.id not in done.memories:

@@ -1,7 +1,7 @@
 """Numbers and their ranges as types: a field of a recipe's dataclass says by its type what it takes.
 
-Pydantic reads them where a recipe is loaded (`fedllm.config.schema.typed`), which also refuses NaN and infinity; to
-everything else they are plain ``int`` and ``float``.
+Pydantic reads them where a recipe is loaded (`schema.parse_section`), which also refuses NaN and infinity; to all
+else they are plain ``int`` and ``float``.
 """
 
 from __future__ import annotations

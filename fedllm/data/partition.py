@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedllm.config.types import Count, Positive, Whole
-from fedllm.core import FedError
+from fedllm.errors import FedError
 
 Counts = NDArray[np.int64]
 Shares = NDArray[np.float64]

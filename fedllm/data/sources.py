@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedllm.config.suggest import closest
-from fedllm.core import FedError, Unreachable
+from fedllm.errors import FedError, Unreachable
 
 Row = dict[str, Any]
 Split = Literal["train", "test"]

@@ -20,15 +20,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedllm.core import FedError, Model, Reply, Tensors
+from fedllm.core import Reply, Tensors
+from fedllm.errors import FedError
 from fedllm.export import merge as merging
 from fedllm.export import model_card as card
 from fedllm.export.merge import Merged
 from fedllm.models import language
-from fedllm.progress import size
 from fedllm.recipe import page as recipes
-from fedllm.recipe.page import Hub, Recipe
+from fedllm.recipe.sections import Hub, Recipe
 from fedllm.reports import run_record as story
+from fedllm.reports.formatting import size
 from fedllm.storage import peft_folder as adapters
 from fedllm.storage import run_folder as folder
 
@@ -48,15 +49,14 @@ TEXT = {".json", ".jsonl", ".yaml", ".md", ".txt", ".jinja"}
 
 
 def export(
-    recipe: Recipe, model: Model, state: Tensors, replies: Sequence[Reply], memories: Mapping[str, Tensors]
+    recipe: Recipe, federation: Any, state: Tensors, replies: Sequence[Reply], memories: Mapping[str, Tensors]
 ) -> None:
     """Writes a finished run's adapters: the server's, and with ``hub.clients`` each client's own of the last round."""
     kind = recipe.worker.exported
-    recipe.worker.export(recipe.output / kind, recipe.algorithm.served(state), recipe, model)
+    federation.export(recipe.output / kind, recipe.algorithm.served(state))
     for reply in replies if recipe.hub.clients else ():
         own = recipe.algorithm.personal(reply, memories.get(reply.client.id, {}))
-        theirs = dataclasses.replace(recipe, model=recipe.model.of(reply.client))
-        recipe.worker.export(recipe.output / f"{kind}_clients" / reply.client.id, own, theirs, model)
+        federation.export(recipe.output / f"{kind}_clients" / reply.client.id, own, reply.client)
     folder.write(recipe.output / "versions.json", json.dumps(card.versions(), indent=1))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedllm.core import FedError
+from fedllm.errors import FedError
 from fedllm.lowrank import LowRank
 from fedllm.models import language
 from fedllm.models.language import LanguageModel

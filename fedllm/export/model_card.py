@@ -16,8 +16,9 @@ import yaml
 
 import fedllm
 from fedllm.export.merge import Merged
-from fedllm.progress import is_fraction, metric, number
-from fedllm.reports.report import ALT, facts, gain, notes, safe, said, summary_table, table, who
+from fedllm.reports.formatting import is_fraction, metric, number
+from fedllm.reports.markdown import safe, said, table
+from fedllm.reports.report import ALT, facts, gain, notes, summary_table, who
 from fedllm.reports.run_record import Story, at, map_numbers, mapping, rows_of
 
 DRAWS = 10_000

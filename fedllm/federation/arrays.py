@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedllm.algorithms import PRIVATE
 from fedllm.algorithms.networks.fedavg import FedAvg
-from fedllm.core import Algorithm, Client, FedError, Model, Round, Tensors, Unreachable
+from fedllm.core import Algorithm, Client, Model, Round, Tensors
 from fedllm.data.partition import IID, Dirichlet, Partition, capped, describe, dirichlet_shares
+from fedllm.errors import FedError, Unreachable
+from fedllm.federation.budget import Level, assign, totals
 from fedllm.lowrank import LowRank
 from fedllm.models.build import drawn
-from fedllm.models.flops import Level, assign, forward_cost, sizes, totals
+from fedllm.models.flops import forward_cost, sizes
 from fedllm.models.lowrank_conv import SHARED, freeze, plain, unfolded
 from fedllm.models.network import Make, fitted
 from fedllm.rounds import sample
+from fedllm.storage import run_folder
 from fedllm.wire import serialization as ledger
-from fedllm.workers.vision import Vision, VisionWorker, output
+from fedllm.workers.settings import Vision
+from fedllm.workers.vision import VisionWorker, output
 
 LEVELS = {f"b{i}": (i / 4, i) for i in range(1, 5)}
 """Capacity level -> width and depth of the parts that fit it, as in FedLMT's Table 1; b4 holds the whole network."""
@@ -171,6 +178,19 @@ class ArrayFederation:
             on_step,
             self.own,
         )
+
+    def export(self, place: Path, update: Tensors, client: Client | None = None) -> None:
+        """Writes the weights and, as JSON, the description from which `fedllm.models.network` builds the network."""
+        place.mkdir(parents=True, exist_ok=True)
+        save_file(ledger.flatten(plain(self.model, update)), place / "model.safetensors")
+        model = self.recipe.model if client is None else self.recipe.model.of(client)
+        described = {
+            "model": dataclasses.asdict(model),
+            "variant": self.recipe.algorithm.network,
+            "classes": self.task.classes,
+            "length": self.task.shape[0],
+        }
+        run_folder.write(place / "network.json", json.dumps(described, indent=1))
 
     def plan(self) -> dict[str, Any]:
         """Who trains what, what travels and what the papers' columns of the whole run are; plain JSON values.

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fedllm.progress import size
-from fedllm.recipe.page import Recipe
+from fedllm.recipe.sections import Recipe
+from fedllm.reports.formatting import size
 
 
 def _count(value: int) -> str:

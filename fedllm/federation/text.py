@@ -5,24 +5,30 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedllm.algorithms import ALGORITHMS
 from fedllm.algorithms.lora.fedit import FedIT
-from fedllm.core import Client, FedError, Model, Round, Tensors, Unreachable
+from fedllm.core import Client, Model, Round, Tensors, within
 from fedllm.data.encoding import Encoded, encode
 from fedllm.data.partition import IID, describe
+from fedllm.errors import FedError, Unreachable
 from fedllm.lowrank import LowRank, fill
 from fedllm.models import language
-from fedllm.recipe.page import Recipe
+from fedllm.recipe.sections import Recipe
 from fedllm.sandbox.runner import require
+from fedllm.storage import peft_folder as adapters
 from fedllm.wire import serialization as ledger
+from fedllm.workers.lora import target_shapes
 from fedllm.workers.scoring import Score, device, measured
-from fedllm.workers.sft import SFT, Seat, SFTWorker, processes, target_shapes
+from fedllm.workers.settings import SFT
+from fedllm.workers.sft import Seat, SFTWorker, processes
 from fedllm.workers.sft_own_models import OwnWorker
 
 Row = Mapping[str, Any]
@@ -170,6 +176,15 @@ class TextFederation:
             return OwnWorker(self, on_step)
         shards = processes() if self.recipe.run.parallel == "fsdp" else 1
         return TextWorker(self, language.load(self.recipe.model, device(), self.recipe.run.seed, shards), on_step)
+
+    def export(self, place: Path, update: Tensors, client: Client | None = None) -> None:
+        """Writes ``update`` as a PEFT folder, on the base model of ``client`` or of all; shared tensors as they are."""
+        if shared := within("shared", update):
+            place.mkdir(parents=True, exist_ok=True)
+            save_file(ledger.flatten(shared), place / "shared.safetensors")
+            return
+        model = self.recipe.model if client is None else self.recipe.model.of(client)
+        adapters.write(place, update, base_model=model.name, targets=self.settings.targets, overwrite=True)
 
     def plan(self) -> dict[str, Any]:
         """Who trains what, what travels, and what a client's machine must hold; plain JSON values.

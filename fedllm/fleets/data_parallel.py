@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
-from fedllm.core import Algorithm, Client, Fleet, Round, Tensors, Worker
+from fedllm.core import Algorithm, Client, Display, Fleet, Round, Tensors, Worker
 from fedllm.fleets.interrupt import once
 from fedllm.fleets.local import Local
 from fedllm.fleets.processes import Gone, Processes
-from fedllm.progress import Display
 from fedllm.wire.messages import pack, unpack
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fedllm.config.types import NonNegative, Real, Share
-from fedllm.core import Algorithm, Client, Failed, FedError, Fleet, Job, Reply, Round, Tensors, Worker, under, within
+from fedllm.core import Algorithm, Client, Failed, Fleet, Job, Reply, Round, Tensors, Worker, under, within
+from fedllm.errors import FedError
 from fedllm.lowrank import LowRank
 from fedllm.mean import pad
 from fedllm.wire.serialization import canonical

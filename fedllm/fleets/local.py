@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fedllm.core import Algorithm, Failed, Job, Reply, Round, Tensors, Worker
+from fedllm.core import Algorithm, Display, Failed, Job, Reply, Round, Tensors, Worker
 from fedllm.fleets.train_client import attempt
-from fedllm.progress import Display
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from fedllm.core import Algorithm, Client, Failed, FedError, Fleet, Job, Reply, Round, Tensors, Worker
+from fedllm.core import Algorithm, Client, Display, Failed, Fleet, Job, Reply, Round, Tensors, Worker
+from fedllm.errors import FedError
 from fedllm.fleets.interrupt import once
 from fedllm.fleets.local import Local
 from fedllm.fleets.processes import Gone, Processes
 from fedllm.fleets.train_client import attempt
-from fedllm.progress import Display
 from fedllm.wire.messages import pack, unpack
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fedllm.core import FedError
+from fedllm.errors import FedError
 from fedllm.wire.messages import pack
 
 SPREADING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fedllm.core import FedError
+from fedllm.errors import FedError
 from fedllm.models.submodel import Anatomy
 
 Net = TypeVar("Net", bound=nn.Module)

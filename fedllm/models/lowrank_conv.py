@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fedllm.core import FedError, Model, Round, Tensors
+from fedllm.core import Model, Round, Tensors
+from fedllm.errors import FedError
 from fedllm.lowrank import LowRank
 from fedllm.models import build
 from fedllm.models.submodel import Anatomy

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fedllm.config.types import Count, Whole
-from fedllm.core import Client, FedError
+from fedllm.core import Client
+from fedllm.errors import FedError
 from fedllm.models.build import FedModel, describe
 from fedllm.models.cnn import SMALL_WIDTHS, SmallCNN, YiCNN
 from fedllm.models.factorized import factorize

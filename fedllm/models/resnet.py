@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fedllm.core import FedError
+from fedllm.errors import FedError
 from fedllm.models.build import NORM_TENSORS, FedModel, fan_out, norm2d, reset
 from fedllm.models.submodel import Anatomy, Cut, kept
 

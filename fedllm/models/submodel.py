@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from fedllm.core import FedError
+from fedllm.errors import FedError
 
 Weights = Mapping[str, Tensor]
 Channels = Mapping[str, Tensor]

@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from fedllm.core import FedError
-from fedllm.progress import is_fraction, number
+from fedllm.errors import FedError
+from fedllm.reports.formatting import is_fraction, number
 
 LAST = 10**9
 """No run has so many rounds; a record that claims to be later is broken."""

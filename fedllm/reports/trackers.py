@@ -83,7 +83,7 @@ def ready(kind: str) -> None:
 
 
 def _automatic(run: Path, config: Config) -> Tracker:
-    from fedllm.core import FedError
+    from fedllm.errors import FedError
 
     if find_spec("trackio") is None:
         return Untracked()
@@ -95,7 +95,7 @@ def _automatic(run: Path, config: Config) -> Tracker:
 
 
 def _error(message: str) -> Exception:
-    from fedllm.core import FedError  # it imports torch, which the process that writes for trackio can do without
+    from fedllm.errors import FedError  # it imports torch, which the process that writes for trackio can do without
 
     return FedError(message)
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-from fedllm.core import FedError
+from fedllm.errors import FedError
 
 
 @dataclass(frozen=True)

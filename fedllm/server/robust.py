@@ -17,7 +17,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fedllm.config.types import Count, Positive, Whole, needs
-from fedllm.core import Algorithm, FedError, Reply, Tensors
+from fedllm.core import Algorithm, Reply, Tensors
+from fedllm.errors import FedError
 from fedllm.lowrank import LowRank, settle
 from fedllm.server.admission import moved
 

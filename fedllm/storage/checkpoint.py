@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedllm.core import Client, Failed, FedError, Reply, Round, Tensors
+from fedllm.core import Client, Failed, Reply, Round, Tensors
+from fedllm.errors import FedError
 from fedllm.wire.messages import pack, unpack
 from fedllm.wire.serialization import flatten, unflatten
 

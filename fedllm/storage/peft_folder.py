@@ -24,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedllm.core import FedError, Tensors
+from fedllm.core import Tensors
+from fedllm.errors import FedError
 from fedllm.lowrank import LowRank, as_lowrank, fill
 
 CONFIG = "adapter_config.json"

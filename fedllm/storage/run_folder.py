@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedllm.core import FedError
+from fedllm.errors import FedError
 
 MARK = "partition.json"
 """What tells a run's folder from others: written first and removed last."""

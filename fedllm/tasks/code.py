@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fedllm.config.types import Positive
-from fedllm.core import FedError
 from fedllm.data import sources as corpus
 from fedllm.data.sources import Row, Sources, Split
+from fedllm.errors import FedError
 from fedllm.sandbox.runner import Limits, Program, run_all
 from fedllm.tasks.alpaca import Instructed
 from fedllm.tasks.task import Task

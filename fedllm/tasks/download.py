@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fedllm.core import FedError
 from fedllm.data.sources import Split, write_jsonl
+from fedllm.errors import FedError
 from fedllm.tasks.task import Task
 
 

@@ -8,9 +8,9 @@ from decimal import Decimal
 from typing import ClassVar
 
 from fedllm.config.types import Count, Seed
-from fedllm.core import FedError
 from fedllm.data import sources as corpus
 from fedllm.data.sources import Row, Sources
+from fedllm.errors import FedError
 from fedllm.tasks import word_problems
 from fedllm.tasks.task import Task
 

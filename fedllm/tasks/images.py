@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedllm.config.types import Count, NonNegative, Seed, Whole
-from fedllm.core import FedError, Unreachable
+from fedllm.errors import FedError, Unreachable
 from fedllm.tasks.arrays import Arrays, Examples, chosen
 
 Split = Literal["train", "test"]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fedllm.config.types import Seed, Whole
-from fedllm.core import FedError
 from fedllm.data import sources as corpus
 from fedllm.data.sources import Row, Sources, Split
+from fedllm.errors import FedError
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedllm.config.types import Between, Count, needs
-from fedllm.core import FedError, Unreachable
+from fedllm.errors import FedError, Unreachable
 from fedllm.models.transformer import WIKITEXT2_WORDS
 from fedllm.tasks.arrays import Arrays, Examples, Tally, cross_entropy, perplexity
 

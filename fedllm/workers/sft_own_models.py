@@ -16,7 +16,8 @@ from fedllm.core import Client, Model, Round, Tensors
 from fedllm.lowrank import LowRank
 from fedllm.models import language
 from fedllm.workers.scoring import Score, device, measured
-from fedllm.workers.sft import Loss, SFTWorker
+from fedllm.workers.settings import Loss
+from fedllm.workers.sft import SFTWorker
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from trl import SFTTrainer
 
-from fedllm.workers.sft import Loss
+from fedllm.workers.settings import Loss
 
 
 class Trainer(SFTTrainer):

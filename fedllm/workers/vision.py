@@ -7,31 +7,25 @@ loader processes.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fedllm.config.types import Count, NonNegative, PartShare, Positive, Share
 from fedllm.core import Client, Model, Round, Tensors
 from fedllm.lowrank import LowRank
 from fedllm.models.build import with_running_statistics
 from fedllm.models.flops import Meter
 from fedllm.models.lowrank_conv import SHARED, folded, nested_in, plain, unfolded
-from fedllm.models.network import Network, fitted, load, scaled
-from fedllm.storage import run_folder as folder
+from fedllm.models.network import fitted, load, scaled
 from fedllm.tasks.arrays import Arrays, Examples, cross_entropy
-from fedllm.wire import serialization as ledger
+from fedllm.workers.settings import Vision
 
 Loss = Callable[[Any, Tensor], Tensor]
 Phase = tuple[float, Callable[[str], bool]]
@@ -44,77 +38,6 @@ def everything(name: str) -> bool:
 
 def output(net: nn.Module, x: Tensor) -> Any:
     return net(x)
-
-
-@dataclass(frozen=True)
-class Vision:
-    """How a client trains. The optimizer is new in every round, its momentum is never kept or sent.
-
-    Args:
-        epochs: passes over the client's examples in a round.
-        batch_size: examples a step; a last batch of one is dropped, batch norm cannot use it.
-        learning_rate: SGD's, constant inside a round.
-        final_learning_rate: what a schedule ends at.
-        schedule: of the learning rate across rounds.
-        momentum: SGD's.
-        weight_decay: SGD's, on every weight that trains.
-        max_grad_norm: the gradient is clipped to this norm; 0 for never.
-        test_batch_size: examples at once in a test; with norms on batch statistics the scores depend on it.
-        statistics: of the norms at a test: the ``batch``'s own, or ``static`` ones gathered before from training
-            batches with the weights to be tested (HeteroFL's sBN).
-        score: test accuracy over ``pooled`` examples, the mean over the ``clients``' own test examples, or ``both``.
-        alpha: LoRA's, of rules on low-rank updates of convolutions: an update is scaled by alpha / r.
-        dropout: between the factors of an update, in training.
-    """
-
-    epochs: Positive = 1.0
-    batch_size: Count = 64
-    learning_rate: NonNegative = 0.1
-    final_learning_rate: NonNegative = 0.0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    momentum: Share = 0.9
-    weight_decay: NonNegative = 5e-4
-    max_grad_norm: NonNegative = 0.0
-    test_batch_size: Count = 100
-    statistics: Literal["batch", "static"] = "batch"
-    score: Literal["pooled", "clients", "both"] = "pooled"
-    alpha: Positive = 16.0
-    dropout: PartShare = 0.0
-
-    model_section: ClassVar[type] = Network
-    task_kind: ClassVar[type] = Arrays
-    exported: ClassVar[str] = "model"
-    whole: ClassVar[bool] = True
-
-    def federation(self, recipe: Any) -> Any:
-        """Examples, clients and plan of a recipe whose worker this is."""
-        from fedllm.federation.arrays import ArrayFederation
-
-        return ArrayFederation(recipe)
-
-    def export(self, place: Path, update: Tensors, recipe: Any, model: Model) -> None:
-        """Writes the weights and, as JSON, what ``fedllm.models.network`` needs to build their network."""
-        place.mkdir(parents=True, exist_ok=True)
-        save_file(ledger.flatten(plain(model, update)), place / "model.safetensors")
-        task = recipe.data.task
-        described = {
-            "model": dataclasses.asdict(recipe.model),
-            "variant": recipe.algorithm.network,
-            "classes": task.classes,
-            "length": task.shape[0],
-        }
-        folder.write(place / "network.json", json.dumps(described, indent=1))
-
-    def steps_for(self, rows: int) -> int:
-        """Optimizer steps in a round for a client with this many examples."""
-        whole, rest = divmod(rows, self.batch_size)
-        return max(1, math.ceil(self.epochs * (whole + (rest > 1))))
-
-    def learning_rate_in(self, index: int, rounds: int) -> float:
-        """The learning rate of round ``index`` (from 1) of ``rounds``: ``m + (lr - m)(1 + cos(pi t / T)) / 2``."""
-        done = (index - 1) / max(rounds, 1)
-        shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": (1.0 + math.cos(math.pi * done)) / 2}[self.schedule]
-        return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * shape
 
 
 @dataclass(frozen=True)

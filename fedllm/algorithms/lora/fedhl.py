@@ -11,7 +11,8 @@ import torch
 
 from fedllm.algorithms.lora.flexlora import FlexLoRA, kept
 from fedllm.config.types import Positive
-from fedllm.core import FedError, Reply, Round, Tensors, within
+from fedllm.core import Reply, Round, Tensors, within
+from fedllm.errors import FedError
 from fedllm.lowrank import absorb
 from fedllm.mean import mean_products
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors, names_of
+from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors, names_of
+from fedllm.errors import FedError
 from fedllm.lowrank import LowRank, fill
 from fedllm.mean import mean_values
 

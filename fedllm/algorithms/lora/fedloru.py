@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fedllm.algorithms.lora.fedit import FedIT, of_one_rank, started
 from fedllm.config.types import Count
-from fedllm.core import Algorithm, Client, FedError, Model, Reply, Round, Tensors, under, within
+from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors, under, within
+from fedllm.errors import FedError
 from fedllm.lowrank import LowRank, cheapest, fill, plus
 from fedllm.mean import mean_values
 

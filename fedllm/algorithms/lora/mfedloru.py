@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fedllm.algorithms.lora.fedloru import FedLoRU, arrived
 from fedllm.config.types import Count, NonNegative
-from fedllm.core import Client, FedError, Reply, Round, Tensors, under
+from fedllm.core import Client, Reply, Round, Tensors, under
+from fedllm.errors import FedError
 from fedllm.lowrank import LowRank
 
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedllm.algorithms.lora.fedloru import FedLoRU, added, arrived
-from fedllm.algorithms.own_models.standalone import COSTS, scored
+from fedllm.algorithms.personal import COSTS, scored
 from fedllm.config.types import Count, PartShare
-from fedllm.core import FedError, Reply, Round, Tensors, under, within
+from fedllm.core import Reply, Round, Tensors, under, within
+from fedllm.errors import FedError
 from fedllm.lowrank import LowRank, fill
 
 

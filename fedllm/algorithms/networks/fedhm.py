@@ -11,7 +11,8 @@ import torch
 from fedllm.algorithms.networks.fedavg import FedAvg
 from fedllm.algorithms.networks.fedlmt import penalty
 from fedllm.config.types import Count, NonNegative, Positive, Whole
-from fedllm.core import Client, FedError, Model, Reply, Round, Tensors, under, within
+from fedllm.core import Client, Model, Reply, Round, Tensors, under, within
+from fedllm.errors import FedError
 from fedllm.models.factorized import ranks, recover_weights, split_weights
 
 ALPHAS = {"b1": 0.01, "b2": 0.15, "b3": 0.6, "b4": 1.4}

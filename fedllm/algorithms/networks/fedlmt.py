@@ -11,7 +11,8 @@ import torch
 
 from fedllm.algorithms.networks.fedavg import FedAvg
 from fedllm.config.types import NonNegative, Positive, Whole
-from fedllm.core import Client, FedError, Model, Round, Tensors
+from fedllm.core import Client, Model, Round, Tensors
+from fedllm.errors import FedError
 from fedllm.models.factorized import decay, factorize, ranks, split_weights
 
 LEVELS = {"b1": (1, 0.03), "b2": (3, 0.15), "b3": (5, 0.4)}

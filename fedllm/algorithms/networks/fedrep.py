@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedllm.algorithms.networks.fedavg import FedAvg
+from fedllm.algorithms.personal import personal_step, shared_part
 from fedllm.config.types import Share, Whole
 from fedllm.core import Client, Model, Reply, Round, Tensors
 
@@ -38,23 +39,3 @@ class FedRep(FedAvg):
 
     def _last(self, model: Model) -> int:
         return len(model.anatomy.layers) - 1 if self.split is None else self.split
-
-
-def shared_part(model: Model, last: int) -> dict[str, Any]:
-    """The weights of the numbered layers up to ``last``, and of what stands before the next one."""
-    number = model.anatomy.numbers(model.weights)
-    return {name: W for name, W in {**model.weights, **model.update}.items() if number[name] <= last}
-
-
-def personal_step(
-    worker: Any,
-    sent: Tensors,
-    private: Tensors,
-    rnd: Round,
-    alphas: Mapping[str, float] | None = None,
-    **how: Any,
-) -> tuple[Tensors, Tensors, dict[str, float]]:
-    """Trains both groups as one network: the shared one returns, the private one is remembered, both are scored."""
-    trained, _, metrics = worker.train({**private, **sent}, {}, rnd, alphas=alphas, **how)
-    scores = {f"own_{key}": value for key, value in worker.score(trained, alphas).items()}
-    return {name: trained[name] for name in sent}, {name: trained[name] for name in private}, {**metrics, **scores}

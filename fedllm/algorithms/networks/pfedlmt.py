@@ -11,7 +11,7 @@ import torch
 from fedllm.algorithms.networks.fedavg import FedAvg
 from fedllm.algorithms.networks.fedhm import ALPHAS
 from fedllm.algorithms.networks.fedlmt import penalty
-from fedllm.algorithms.networks.fedrep import personal_step, shared_part
+from fedllm.algorithms.personal import personal_step, shared_part
 from fedllm.config.types import NonNegative, Positive, Whole
 from fedllm.core import Client, Model, Reply, Round, Tensors
 from fedllm.models.factorized import ranks, split_weights

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fedllm.algorithms.networks.fedavg import FedAvg
-from fedllm.algorithms.networks.fedrep import personal_step
+from fedllm.algorithms.personal import personal_step
 from fedllm.config.types import Count, NonNegative, Share
 from fedllm.core import Reply, Round, Tensors
 from fedllm.models.lowrank_conv import adaptable, kaiming, merge

@@ -11,7 +11,8 @@ import torch
 
 from fedllm.algorithms.networks.fedavg import FedAvg
 from fedllm.config.types import Count
-from fedllm.core import Client, FedError, Model, Reply, Round, Tensors, under, within
+from fedllm.core import Client, Model, Reply, Round, Tensors, under, within
+from fedllm.errors import FedError
 from fedllm.models import submodel
 from fedllm.models.resnet import stage_rounds
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax, pad
 
 from fedllm.algorithms.own_models.class_means import ClassMeans, class_means, table
-from fedllm.algorithms.own_models.standalone import own, scored
+from fedllm.algorithms.personal import own, scored
 from fedllm.config.types import NonNegative, needs
 from fedllm.core import Client, Model, Reply, Round, Tensors, under, within
 

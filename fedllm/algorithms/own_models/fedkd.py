@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear, mse_loss
 
 from fedllm.algorithms.own_models.fml import FML, taught
-from fedllm.algorithms.own_models.lg_fedavg import head_shape
-from fedllm.algorithms.own_models.standalone import own, scored
+from fedllm.algorithms.personal import head_shape, own, scored
 from fedllm.config.types import Share
 from fedllm.core import Client, Reply, Round, Tensors
 from fedllm.lowrank import LowRank, as_lowrank

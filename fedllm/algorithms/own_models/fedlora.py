@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedllm.algorithms.networks.fedavg import FedAvg
-from fedllm.algorithms.own_models.lg_fedavg import head_shape
-from fedllm.algorithms.own_models.standalone import COSTS, own, scored
+from fedllm.algorithms.personal import COSTS, head_shape, own, scored
 from fedllm.config.types import Count, Share
-from fedllm.core import Client, FedError, Model, Reply, Round, Tensors
+from fedllm.core import Client, Model, Reply, Round, Tensors
+from fedllm.errors import FedError
 from fedllm.models.build import describe
 from fedllm.models.cnn import Adapter
 from fedllm.models.paired import Beside, joined, part_of

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedllm.algorithms.own_models.class_means import ClassMeans, class_means, table
-from fedllm.algorithms.own_models.lg_fedavg import head_shape
-from fedllm.algorithms.own_models.standalone import own, scored
+from fedllm.algorithms.personal import head_shape, own, scored
 from fedllm.config.types import NonNegative
 from fedllm.core import Model, Round, Tensors
 from fedllm.models.build import Features

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from fedllm.algorithms.networks.fedavg import FedAvg
-from fedllm.algorithms.own_models.standalone import own, scored
+from fedllm.algorithms.personal import own, scored
 from fedllm.config.types import Share
 from fedllm.core import Reply, Round, Tensors
 from fedllm.models.paired import Beside, joined, part_of

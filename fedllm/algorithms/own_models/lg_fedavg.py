@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedllm.algorithms.networks.fedavg import FedAvg
-from fedllm.algorithms.networks.fedrep import personal_step
+from fedllm.algorithms.personal import head, personal_step
 from fedllm.core import Client, Model, Reply, Round, Tensors, under
 
 
@@ -30,15 +30,3 @@ class LGFedAvg(FedAvg):
 
     def personal(self, reply: Reply, memory: Tensors) -> Tensors:
         return {**memory, **reply.returned}
-
-
-def head(model: Model) -> dict[str, Any]:
-    """The last linear layer: a matrix ``(classes, d)`` and its bias."""
-    last = model.anatomy.layers[-1]
-    return {name: W for name, W in {**model.weights, **model.update}.items() if name.startswith(f"{last}.")}
-
-
-def head_shape(model: Model) -> tuple[int, int]:
-    """Classes, and the length ``d`` of the representation that the last layer reads."""
-    classes, d = next(W.shape for W in head(model).values() if W.ndim == 2)
-    return classes, d

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 
+from fedllm.algorithms.personal import COSTS, own, scored
 from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors, under, within
 
 
@@ -54,17 +55,3 @@ class Standalone(Algorithm):
 
     def personal(self, reply: Reply, memory: Tensors) -> Tensors:
         return within("own", memory)
-
-
-COSTS = ("steps", "tokens", "seconds", "flops")
-"""Metrics of a client's training that add up where it trains more than once in a round."""
-
-
-def own(worker: Any, memory: Tensors) -> Tensors:
-    """``omega_k``: what the client remembers, or at its first round what it draws from the run's seed."""
-    return memory or worker.model.weights
-
-
-def scored(worker: Any, omega: Tensors, metrics: Mapping[str, float]) -> dict[str, float]:
-    """With the scores of the client's own network on its own test examples."""
-    return {**metrics, **{f"own_{key}": value for key, value in worker.score(omega).items()}}

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from fedllm.core import FedError
-from fedllm.progress import is_fraction, operations, size
+from fedllm.errors import FedError
 from fedllm.reports.compare.runs import Entry, methods_in, settings_in
-from fedllm.reports.report import safe, said, table
+from fedllm.reports.formatting import is_fraction, operations, size
+from fedllm.reports.markdown import safe, said, table
 from fedllm.reports.run_record import course_of, lower_is_better
 
 

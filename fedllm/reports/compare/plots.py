@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from fedllm.progress import is_fraction, metric, operations, size
 from fedllm.reports.compare.runs import Entry, settings_in
 from fedllm.reports.compare.significance import baselines, pooled_for
 from fedllm.reports.compare.tables import ALT, kinds_of
+from fedllm.reports.formatting import is_fraction, metric, operations, size
 from fedllm.reports.plots.style import (
     GREY,
     INK,

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedllm.core import FedError
-from fedllm.progress import is_fraction, number
-from fedllm.recipe.page import PROFILES
+from fedllm.config.rank_profiles import PROFILES
+from fedllm.errors import FedError
+from fedllm.reports.formatting import is_fraction, number
 from fedllm.reports.report import flat_settings
 from fedllm.reports.run_record import Story, at, clipped, json_in, map_numbers, mapping, read, rows_of
 

@@ -9,8 +9,8 @@ from statistics import fmean, stdev
 
 from scipy import stats
 
-from fedllm.progress import number
 from fedllm.reports.compare.runs import Entry, methods_in, settings_in
+from fedllm.reports.formatting import number
 from fedllm.reports.run_record import at, base_row, client_scores, lower_is_better
 
 LEVEL = 0.05

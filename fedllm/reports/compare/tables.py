@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedllm.progress import is_fraction, operations, size
 from fedllm.reports.compare.cost_to_target import cost_tables
 from fedllm.reports.compare.runs import Entry, methods_in, settings_in
 from fedllm.reports.compare.significance import LEVEL, Cell, baselines, columns, verdict
-from fedllm.reports.report import safe, said, table
+from fedllm.reports.formatting import is_fraction, operations, size
+from fedllm.reports.markdown import safe, said, table
 from fedllm.reports.run_record import at, client_scores, natural
 
 

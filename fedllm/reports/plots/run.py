@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fedllm.progress import is_fraction, metric, number, size
+from fedllm.reports.formatting import is_fraction, metric, number, size
 from fedllm.reports.plots.clients import clients, data, few_lines, own
 from fedllm.reports.plots.conditioning import SMALLEST, conditioning
 from fedllm.reports.plots.style import (

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from fedllm.progress import size
+from fedllm.reports.formatting import size
 from fedllm.reports.run_record import Points, Story
 
 DPI = 110

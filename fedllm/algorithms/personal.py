@@ -1,0 +1,53 @@
+"""Steps that rules with personal models share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedllm.core import Model, Round, Tensors
+
+COSTS = ("steps", "tokens", "seconds", "flops")
+"""Metrics of a client's training that add up where it trains more than once in a round."""
+
+
+def own(worker: Any, memory: Tensors) -> Tensors:
+    """``omega_k``: what the client remembers, or at its first round what it draws from the run's seed."""
+    return memory or worker.model.weights
+
+
+def scored(worker: Any, omega: Tensors, metrics: Mapping[str, float]) -> dict[str, float]:
+    """With the scores of the client's own network on its own test examples."""
+    return {**metrics, **{f"own_{key}": value for key, value in worker.score(omega).items()}}
+
+
+def shared_part(model: Model, last: int) -> dict[str, Any]:
+    """The weights of the numbered layers up to ``last``, and of what stands before the next one."""
+    number = model.anatomy.numbers(model.weights)
+    return {name: W for name, W in {**model.weights, **model.update}.items() if number[name] <= last}
+
+
+def personal_step(
+    worker: Any,
+    sent: Tensors,
+    private: Tensors,
+    rnd: Round,
+    alphas: Mapping[str, float] | None = None,
+    **how: Any,
+) -> tuple[Tensors, Tensors, dict[str, float]]:
+    """Trains both groups as one network: the shared one returns, the private one is remembered, both are scored."""
+    trained, _, metrics = worker.train({**private, **sent}, {}, rnd, alphas=alphas, **how)
+    scores = {f"own_{key}": value for key, value in worker.score(trained, alphas).items()}
+    return {name: trained[name] for name in sent}, {name: trained[name] for name in private}, {**metrics, **scores}
+
+
+def head(model: Model) -> dict[str, Any]:
+    """The last linear layer: a matrix ``(classes, d)`` and its bias."""
+    last = model.anatomy.layers[-1]
+    return {name: W for name, W in {**model.weights, **model.update}.items() if name.startswith(f"{last}.")}
+
+
+def head_shape(model: Model) -> tuple[int, int]:
+    """Classes, and the length ``d`` of the representation that the last layer reads."""
+    classes, d = next(W.shape for W in head(model).values() if W.ndim == 2)
+    return classes, d
