@@ -27,9 +27,10 @@ MACHINE = re.compile(r"(?<![\w.-])/(?:work|root)/|(?<![\w.-])/(?:home|Users)/[\w
 
 MAY_IMPORT: dict[str, set[str]] = {
     "fedllm.lowrank": set(),
-    "fedllm.core": {"fedllm.lowrank"},
-    "fedllm.mean": {"fedllm.core", "fedllm.lowrank"},
-    "fedllm.models.submodel": {"fedllm.core", "fedllm.lowrank"},
+    "fedllm.errors": set(),
+    "fedllm.core": {"fedllm.errors", "fedllm.lowrank"},
+    "fedllm.mean": {"fedllm.core", "fedllm.errors", "fedllm.lowrank"},
+    "fedllm.models.submodel": {"fedllm.core", "fedllm.errors", "fedllm.lowrank"},
 }
 """All that the modules at the bottom may import of this package."""
 
@@ -38,6 +39,7 @@ FOR_ALGORITHMS = {
     "fedllm.mean",
     "fedllm.models.submodel",
     "fedllm.core",
+    "fedllm.errors",
     "fedllm.lowrank",
     "fedllm.models.paired",
     "fedllm.models.build",
@@ -70,7 +72,7 @@ def declared() -> dict[str, str]:
     """Distribution -> lower bound, of every dependency and extra in pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
-    return {normal(name): bound for name, bound in (line.split(">=") for line in lines)}
+    return {normal(name.partition("[")[0]): bound.partition(",")[0] for name, bound in (line.split(">=") for line in lines)}
 
 
 def module_name(path: Path) -> str:
