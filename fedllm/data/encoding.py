@@ -40,6 +40,30 @@ def tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [of[:-1] for of in ids] if appended else ids
 
 
+def decode_answer(tokenizer: Any, prompt: Sequence[int], answer: Sequence[int]) -> str:
+    """The text that ``answer`` adds to ``prompt``: decode(prompt + answer) after decode(prompt).
+
+    Decoding the answer alone loses its first space with Llama-2's kind of tokenizer, whose decoder strips one from the
+    start of whatever it is given. Special tokens are left out, and nothing is cleaned up.
+
+    Args:
+        tokenizer: that both were encoded with.
+        prompt: token ids; may be empty.
+        answer: the token ids that follow.
+    """
+
+    def text(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    head, whole = text(prompt), text([*prompt, *answer])
+    while head.endswith("\ufffd") and not whole.startswith(head):  # the prompt ends inside a character
+        head = head[:-1]
+    if whole.startswith(head):
+        return whole[len(head) :]
+    shared = next((i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), min(len(head), len(whole)))
+    return whole[shared:]
+
+
 def _labelled(head: list[int], whole: list[int], max_length: int) -> Encoded:
     shared = next((i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), min(len(head), len(whole)))
     labels = [-100] * shared + whole[shared:]

@@ -57,5 +57,9 @@ def run_batches(
             sampling = None
             if settings.samples > 1:
                 sampling = Sampling(settings.temperature, settings.top_p, seed_of(settings.seed, batch))
-            texts = continue_batch(model, tokenizer, [prompts[i] for i in batch.rows], limit, task.stop, sampling)
-            folder.append_line(part, {"batch": batch.index, "texts": texts})
+            found = continue_batch(
+                model, tokenizer, [prompts[i] for i in batch.rows], limit, task.ends_near, sampling, task.finished
+            )
+            folder.append_line(
+                part, {"batch": batch.index, "texts": [a.text for a in found], "cut": [a.cut for a in found]}
+            )

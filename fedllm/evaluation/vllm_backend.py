@@ -42,9 +42,11 @@ def vllm_records(
             temperature=settings.temperature if drawn else 0.0,
             top_p=settings.top_p if drawn else 1.0,
             max_tokens=limit,
-            stop=list(task.stop),
+            stop=list(task.stop) if task.ends_near == task.stop else [],  # else only `finished` can tell
             include_stop_str_in_output=True,
             seed=seed_of(settings.seed, batch) if drawn else None,
         )
         made = engine.generate([prompts[i] for i in batch.rows], how, lora_request=request, use_tqdm=False)
-        yield {"batch": batch.index, "texts": [answer.outputs[0].text for answer in made]}
+        found = [answer.outputs[0] for answer in made]
+        cut = [getattr(one, "finish_reason", None) == "length" for one in found]
+        yield {"batch": batch.index, "texts": [one.text for one in found], "cut": cut}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fedllm.data.encoding import Encoded, tokens
+from fedllm.data.encoding import Encoded, decode_answer, tokens
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,20 @@ class Sampling:
         temperature: the logits are divided by it.
         top_p: tokens are drawn from the smallest set that holds this much probability.
         seed: of this batch's draws.
+        top_k: tokens are drawn from this many of the likeliest; 0 for all.
     """
 
     temperature: float
     top_p: float
     seed: int
+    top_k: int = 0
+
+
+class Answer(NamedTuple):
+    """A generated text, and whether ``max_new_tokens`` cut it off before it ended by itself."""
+
+    text: str
+    cut: bool
 
 
 def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -65,17 +74,36 @@ def generate(
     batch_size: int,
     stop: Sequence[str] = (),
 ) -> list[str]:
-    """The greedy continuation of every prompt, in the order given, without special tokens.
+    """The text of `answers`, greedy."""
+    found = answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, stop=stop)
+    return [answer.text for answer in found]
+
+
+def answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    stop: Sequence[str] = (),
+    finished: Callable[[str], bool] | None = None,
+    sampling: Sampling | None = None,
+) -> list[Answer]:
+    """The continuation of every prompt, in the order given, without special tokens.
 
     Args:
         stop: an answer may end where one of these has been written; what follows in it is not to be relied on.
+        finished: whether an answer in which one of ``stop`` was written is done; any is by default.
+        sampling: how tokens are drawn, its seed that of the first batch; greedy without.
     """
     ids = tokens(tokenizer, prompts)
-    answers: dict[int, str] = {}
-    for chosen in batches([len(prompt) for prompt in ids], batch_size):
-        texts = continue_batch(model, tokenizer, [ids[i] for i in chosen], max_new_tokens, stop)
-        answers.update(zip(chosen, texts, strict=True))
-    return [answers[i] for i in range(len(prompts))]
+    found: dict[int, Answer] = {}
+    for number, chosen in enumerate(batches([len(prompt) for prompt in ids], batch_size)):
+        drawn = sampling and replace(sampling, seed=sampling.seed + number)
+        made = continue_batch(model, tokenizer, [ids[i] for i in chosen], max_new_tokens, stop, drawn, finished)
+        found.update(zip(chosen, made, strict=True))
+    return [found[i] for i in range(len(prompts))]
 
 
 @torch.no_grad()
@@ -86,15 +114,17 @@ def continue_batch(
     max_new_tokens: int,
     stop: Sequence[str] = (),
     sampling: Sampling | None = None,
-) -> list[str]:
-    """One batch of token ids, continued. ``sampling`` leaves the global generators as they were."""
+    finished: Callable[[str], bool] | None = None,
+) -> list[Answer]:
+    """One batch of token ids, continued; see `answers`. ``sampling`` leaves the global generators as they were."""
     batch = _padded(prompts, tokenizer.pad_token_id, left=True).to(_device(model))
     mask = _padded([[1] * len(ids) for ids in prompts], 0, left=True).to(batch)
     how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if sampling:
-        how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    done = finished or (lambda text: any(part in text for part in stop))
     if stop:
-        how["stopping_criteria"] = _stopping(tokenizer, stop, batch.shape[1])
+        how["stopping_criteria"] = _stopping(tokenizer, stop, prompts, batch.shape[1], done)
     with _plainly(model), torch.random.fork_rng():
         torch.manual_seed(sampling.seed if sampling else 0)
         made = model.generate(
@@ -105,7 +135,18 @@ def continue_batch(
             eos_token_id=tokenizer.eos_token_id,
             **how,
         )
-    return tokenizer.batch_decode(made[:, batch.shape[1] :], skip_special_tokens=True)
+    return [
+        _answer(tokenizer, prompt, ids, max_new_tokens, done)
+        for prompt, ids in zip(prompts, made[:, batch.shape[1] :].tolist(), strict=True)
+    ]
+
+
+def _answer(
+    tokenizer: Any, prompt: Sequence[int], ids: Sequence[int], limit: int, done: Callable[[str], bool]
+) -> Answer:
+    ended = tokenizer.eos_token_id in ids
+    text = decode_answer(tokenizer, prompt, ids[: ids.index(tokenizer.eos_token_id)] if ended else ids)
+    return Answer(text, not ended and len(ids) >= limit and not done(text))
 
 
 @contextmanager
@@ -129,17 +170,30 @@ def _plainly(model: Any) -> Iterator[None]:
             owner.generation_config = settings
 
 
-def _stopping(tokenizer: Any, stop: Sequence[str], prompt: int) -> Any:
-    """A row is done when one of ``stop`` is in its last tokens: as many as it has bytes, and one."""
+def _stopping(
+    tokenizer: Any,
+    stop: Sequence[str],
+    prompts: Sequence[Sequence[int]],
+    width: int,
+    finished: Callable[[str], bool],
+) -> Any:
+    """A row is done when one of ``stop`` is in its last tokens (as many as it has bytes, and one) and it is finished.
+
+    Args:
+        width: tokens of a prompt with its padding.
+    """
     from transformers import StoppingCriteriaList
 
     reach = max(len(text.encode()) for text in stop) + 1
 
+    def ends(prompt: Sequence[int], made: list[int]) -> bool:
+        before = [*prompt, *made[:-reach]][-reach:]  # so that no first space is lost
+        tail = decode_answer(tokenizer, before, made[-reach:])
+        return any(text in tail for text in stop) and finished(decode_answer(tokenizer, prompt, made))
+
     def done(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        tails = tokenizer.batch_decode(
-            input_ids[:, max(prompt, input_ids.shape[1] - reach) :], skip_special_tokens=True
-        )
-        return torch.tensor([any(text in tail for text in stop) for tail in tails], device=input_ids.device)
+        rows = zip(prompts, input_ids[:, width:].tolist(), strict=True)
+        return torch.tensor([ends(prompt, made) for prompt, made in rows], device=input_ids.device)
 
     return StoppingCriteriaList([done])
 

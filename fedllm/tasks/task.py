@@ -115,6 +115,15 @@ class Task:
         ends = [generated.find(stop) for stop in self.stop if stop in generated]
         return generated[: min(ends)] if ends else generated
 
+    @property
+    def ends_near(self) -> tuple[str, ...]:
+        """Texts after which `finished` is worth asking while an answer is generated."""
+        return self.stop
+
+    def finished(self, generated: str) -> bool:
+        """Whether an answer that is still being generated has all that `score` reads."""
+        return any(text in generated for text in self.stop)
+
     def _local(self, path: str) -> Sources:
         """Where rows come from when a path is given."""
         return corpus.local(path)

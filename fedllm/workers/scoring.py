@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedllm.models.inference import generate, held_out_loss
+from fedllm.models.inference import answers, held_out_loss
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,20 @@ def measured(model: nn.Module, federation: Any) -> Score:
         return Score(metrics, [])
     prompts = [task.prompt(row) for row in test]
     limit = recipe.eval.max_new_tokens or task.max_new_tokens
-    texts = generate(model, tokenizer, prompts, max_new_tokens=limit, batch_size=size, stop=task.stop)
-    scored = task.score_all(texts, test, recipe.eval.accept_missing)
+    found = answers(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=limit,
+        batch_size=size,
+        stop=task.ends_near,
+        finished=task.finished,
+    )
+    scored = task.score_all([answer.text for answer in found], test, recipe.eval.accept_missing)
     metrics |= task.summary(scored)
     generations = [
-        {"prompt": prompt, "generated": text, "target": task.target(row), **score}
-        for prompt, text, row, score in zip(prompts, texts, test, scored, strict=True)
+        {"prompt": prompt, "generated": answer.text, "cut": answer.cut, "target": task.target(row), **score}
+        for prompt, answer, row, score in zip(prompts, found, test, scored, strict=True)
     ]
     return Score(metrics, generations)
 
