@@ -4,15 +4,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+# Two test processes on two cores: one thread each.
+ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/accelerate launch fedllm/train.py recipe=demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# The tests marked slow: whole runs, kills, machines that talk to each other.
+test-slow: $(VENV)/.installed-dev
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -67,7 +67,8 @@ def drive(folder: Path, wanted: int) -> dict[str, object]:
 
     torch.set_num_threads(1)
     from fedllm import train  # noqa: F401  the children inherit what is imported here
-    from fedllm.workers import sft, text  # noqa: F401
+    from fedllm.federation import text  # noqa: F401
+    from fedllm.workers import sft  # noqa: F401
 
     __import__("trl"), __import__("peft"), __import__("datasets")
     chance = random.Random(0)

@@ -208,7 +208,7 @@ def test_a_client_that_breaks_in_the_middle_of_training_leaves_the_next_one_as_i
     settings = SFT(steps=3, batch_size=2, accumulation=2, dropout=0.1, optimizer="kept")
     base = load_model(LanguageModel("pico"), torch.device("cpu"), 0)
     worker = SFTWorker(settings, base, tok, {"a": rows[:6], "b": rows[6:]}, 4, on_step)
-    sent = {name: fill(LowRank.zeros(64, 64), 4, torch.Generator().manual_seed(0)) for name in worker.layers}
+    sent = {name: fill(LowRank.zeros(64, 64), 4, torch.Generator().manual_seed(0)) for name in worker.lora.layers}
     a, b = (Job(Client(id, 6, 4), sent, {}) for id in "ab")
     before = attempt(FedIT(), worker, a, Round(1, 0))
     breaking.append(True)
