@@ -1,158 +1,372 @@
-"""The ``fedllm`` command."""
+"""The ``fedllm`` command. Nothing heavy is imported before a command line is known to be sound."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import click
+from click.shell_completion import CompletionItem
+
+import fedllm
+from fedllm.config.arguments import spelled
+from fedllm.config.suggest import nearest
 from fedllm.errors import FedError
 
+WORDS = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
+"""For commands that take a recipe's keys, in any spelling, beside their own options."""
 
-def train(arguments: list[str]) -> int:
-    """fedllm train recipe=NAME [a.b=c ...]: run it"""
-    from fedllm.train import main as run
-
-    return run(arguments)
+FOLDER = click.Path(path_type=Path)
 
 
-def plan(arguments: list[str]) -> int:
-    """fedllm plan recipe=NAME [a.b=c ...] [--json]: who would train what, before anything heavy is loaded"""
-    from rich.console import Console
+class Commands(click.Group):
+    """Commands in the order of a run's life, and the nearest name for one that does not exist."""
 
-    from fedllm.federation.build import build_federation
-    from fedllm.federation.plan import show
-    from fedllm.recipe import load
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            raise FedError(f"{args[0]}: {nearest(args[0], self.commands, 'command')}")
+        return super().resolve_command(ctx, args)
+
+
+class RecipeCommand(click.Command):
+    """A command that takes a recipe's keys: its help ends in all of them, and ``--a.b`` is completed."""
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        from fedllm.commands.completion import complete_options
+
+        return [*super().shell_complete(ctx, incomplete), *complete_options(incomplete)]
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from fedllm.commands.key_table import help_text
+
+        super().format_epilog(ctx, formatter)
+        formatter.write("\n" + help_text())
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(fedllm.__version__, prog_name="fedllm", message="%(prog)s %(version)s")
+def command() -> None:
+    """Federated fine-tuning of language models whose clients train LoRA adapters of different ranks.
+
+    A recipe is a page of recipes/, or a path that ends in .yaml; `fedllm ls` names them. Its keys are overridden by
+    a.b=c or --a.b c.
+    """
+
+
+def words(name: str, metavar: str, complete: bool = True) -> Callable[[Any], Any]:
+    """An argument that takes whatever is left of the line."""
+    from fedllm.commands.completion import complete_words
+
+    return click.argument(
+        name, nargs=-1, type=click.UNPROCESSED, metavar=metavar, shell_complete=complete_words if complete else None
+    )
+
+
+def quiet() -> None:
     from fedllm.train import hush
 
     hush()
-    recipe = load([*(argument for argument in arguments if argument != "--json"), "run.plan=true"])
-    planned = build_federation(recipe).plan()
-    if "--json" in arguments:
-        print(json.dumps(planned))
-    else:
-        show(recipe, planned, Console())
+
+
+@command.command(cls=RecipeCommand, context_settings=WORDS)
+@words("arguments", "RECIPE [a.b=c ...]")
+def train(arguments: Sequence[str]) -> int:
+    """Runs a recipe: rounds, scores, report, adapter."""
+    from fedllm.commands.keys import refuse_typos
+
+    refuse_typos(arguments)
+    from fedllm.train import main as run
+
+    return run(spelled(arguments))
+
+
+@command.command(cls=RecipeCommand, context_settings=WORDS)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@words("arguments", "RECIPE [a.b=c ...]")
+def plan(arguments: Sequence[str], as_json: bool) -> int:
+    """Shows who would train what, before anything heavy is loaded."""
+    from fedllm.commands.keys import refuse_typos
+
+    refuse_typos(arguments)
+    from fedllm.commands.plan import show_plan
+
+    show_plan(spelled(arguments), as_json)
     return 0
 
 
-def aggregate(arguments: list[str]) -> int:
-    """fedllm aggregate RULE DIR... --out DIR: the server, without a run, on PEFT adapter folders"""
-    from fedllm.commands.aggregate import main as run
+@command.command(context_settings=WORDS)
+@words("arguments", "[PAGE] [a.b=c ...] [over.AXIS=[...] ...]")
+@click.option("--out", type=FOLDER, help="The folder of the runs; runs/NAME by default.")
+@click.option("--plan", "plan_only", is_flag=True, help="List the runs and where each stands, and stop.")
+@click.option("--jobs", type=int, help="Runs at the same time; one a GPU by default, and one without any.")
+@click.option("--launch", default="", metavar="COMMAND", help='Of each run, such as "accelerate launch -n 4".')
+def sweep(arguments: Sequence[str], out: Path | None, plan_only: bool, jobs: int | None, launch: str) -> int:
+    """Runs every combination of rules, seeds and other keys, resumably.
 
-    return run(arguments)
+    PAGE is a name in sweeps/ or a path to a YAML page. Without one the line says it all:
+
+    fedllm sweep recipe=smoke over.algorithm.name=[fedhl,flexlora] over.run.seed=[0,1,2]
+    """
+    from fedllm.commands.sweep import run
+
+    quiet()
+    return run(arguments, out=out, plan_only=plan_only, jobs=jobs, launch=launch)
 
 
-def evaluate(arguments: list[str]) -> int:
-    """fedllm evaluate RUN_OR_FOLDER_OR_ID [task=NAME] [a.b=c ...]: score a run, an adapter or a model, with receipts"""
-    from fedllm.train import hush
+@command.command()
+@click.argument("runs", nargs=-1, required=True, type=FOLDER, metavar="RUN...")
+@click.option("--out", type=FOLDER, help="Where the page, the tables and the plots go; compare/ by default.")
+@click.option("--score", help="The score to put first; by default the first that is a share of the test rows.")
+@click.option("--target", metavar="METRIC=VALUE", help="To reach; by default the loss that every rule reached.")
+def compare(runs: Sequence[Path], out: Path | None, score: str | None, target: str | None) -> int:
+    """Sets runs side by side: mean and spread over seeds, curves, the cost of a score."""
+    from fedllm.commands.compare import default_folder, write
 
-    hush()
+    print(write(runs, out or default_folder(runs), score, target))
+    return 0
+
+
+class EvaluationCommand(click.Command):
+    """A command whose help ends in the keys of an evaluation."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from fedllm.commands.key_table import evaluation_help
+
+        formatter.write("\n" + evaluation_help())
+
+
+@command.command(cls=EvaluationCommand, context_settings=WORDS)
+@words("arguments", "RUN_OR_FOLDER_OR_ID [task=NAME] [a.b=c ...]", complete=False)
+def evaluate(arguments: Sequence[str]) -> int:
+    """Scores a run, an adapter or a model on a task's test rows, with receipts."""
+    quiet()
     from fedllm.evaluation.run import evaluate as run
     from fedllm.evaluation.settings import target_arguments
 
-    if arguments and arguments[0] in {"-h", "--help"}:
-        print(evaluate.__doc__)
-        return 0
-    named = bool(arguments) and (not arguments[0].partition("=")[1] or Path(arguments[0]).exists())
-    run(None, [*target_arguments(arguments[0]), *arguments[1:]] if named else arguments)
+    if not arguments:
+        raise FedError("what is to be scored? Give a run's folder, a PEFT folder, a model's folder or a Hub id.")
+    named = not arguments[0].startswith("-") and (not arguments[0].partition("=")[1] or Path(arguments[0]).exists())
+    target = target_arguments(arguments[0]) if named else []
+    run(None, [*target, *spelled(["", *arguments[1:]])[1:]] if named else spelled(arguments))
     return 0
 
 
-def report(arguments: list[str]) -> int:
-    """fedllm report RUN: write report.md and the plots of a run's folder again"""
+@command.command()
+@click.argument("run", type=FOLDER)
+def report(run: Path) -> int:
+    """Writes report.md and the plots of a run's folder again."""
     from fedllm.reports.report import write
 
-    parser = argparse.ArgumentParser(prog="fedllm report", description=report.__doc__)
-    parser.add_argument("run", type=Path)
-    print(write(parser.parse_args(arguments).run))
+    print(write(run))
     return 0
 
 
-def tsne(arguments: list[str]) -> int:
-    """fedllm tsne RUN [--examples N]: what the clients' networks make of their test examples, as a map in the report"""
-    from fedllm.commands.tsne import main as run
+@command.command()
+@click.argument("run", type=FOLDER)
+@click.option("--examples", type=int, help="At most, of all clients together.")
+@click.option("--seed", type=int, default=0, help="Of the map: t-SNE has no one answer.")
+def tsne(run: Path, examples: int | None, seed: int) -> int:
+    """Draws what the clients' networks make of their test examples, as a map in the report."""
+    from fedllm.commands.tsne import draw_map
 
-    return run(arguments)
-
-
-def sweep(arguments: list[str]) -> int:
-    """fedllm sweep PAGE [a.b=c ...] [--out DIR] [--plan] [--jobs N]: rules x seeds x profiles, resumably"""
-    from fedllm.train import hush
-
-    hush()
-    from fedllm.commands.sweep import main as run
-
-    return run(arguments)
+    print(draw_map(run, examples, seed))
+    return 0
 
 
-def compare(arguments: list[str]) -> int:
-    """fedllm compare RUN... [--out DIR]: tables with mean ± std over seeds, curves, what a score costs"""
-    from fedllm.commands.compare import main as run
+@command.command()
+@click.argument("run", type=FOLDER)
+@click.argument("overrides", nargs=-1, metavar="[a.b=c ...]")
+@click.option("--samples", type=int, multiple=True, default=(50, 500), help="Examples of each Hessian; may come again.")
+@click.option("--probes", type=int, default=60, help="Random vectors for the Frobenius norm.")
+def hessian(run: Path, overrides: Sequence[str], samples: Sequence[int], probes: int) -> int:
+    """Measures the stable rank of the loss's Hessian where a network's run ended."""
+    from fedllm.commands.hessian import write
 
-    return run(arguments)
-
-
-def hessian(arguments: list[str]) -> int:
-    """fedllm hessian RUN [--samples N...] [--probes N]: stable rank of the loss's Hessian where a network ended"""
-    from fedllm.commands.hessian import main as run
-
-    return run(arguments)
-
-
-def push(arguments: list[str]) -> int:
-    """fedllm push RUN [--repo OWNER/NAME] [--dry-run] [--public] [--merged]: adapter and model card to the Hub"""
-    from fedllm.train import hush
-
-    hush()
-    from fedllm.export.hub import main as run
-
-    return run(arguments)
+    print(write(run, samples, probes, overrides).read_text())
+    return 0
 
 
-def methods(arguments: list[str]) -> int:
-    """fedllm methods: every rule with its paper, file and recipes, as Markdown"""
+def _numbers(ctx: click.Context, option: click.Parameter, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"must be whole numbers with commas between them, got {text!r}") from None
+
+
+@command.command()
+@click.argument("rule", metavar="RULE", shell_complete=lambda ctx, option, text: _rules(text))
+@click.argument("folders", nargs=-1, required=True, type=FOLDER, metavar="DIR...")
+@click.option("--out", required=True, type=FOLDER, metavar="DIR", help="Where the aggregate goes; new or empty.")
+@click.option("--samples", callback=_numbers, metavar="n1,n2,...", help="Rows of each client; equal by default.")
+@click.option(
+    "--global",
+    "global_",
+    type=FOLDER,
+    metavar="DIR",
+    help="The adapter of the round before: W_t for fedhl, the sum so far for flora.",
+)
+@click.option("--rank", type=int, metavar="R", help="Best approximation of this rank; all of the result by default.")
+@click.option("--set", "constants", multiple=True, metavar="KEY=VALUE", help="A constant of the rule; may come again.")
+@click.option("--epsilon", hidden=True)
+@click.option("--temperature", hidden=True)
+@click.option("--overwrite", is_flag=True, help="Replace the adapter that is in --out.")
+def aggregate(rule: str, constants: Sequence[str], epsilon: str | None, temperature: str | None, **given: Any) -> int:
+    """Aggregates PEFT adapter folders of any rank and alpha by a rule: the server, without a run."""
+    from fedllm.commands.keys import refuse_rule
+
+    older = [f"{key}={value}" for key, value in (("epsilon", epsilon), ("temperature", temperature)) if value]
+    refuse_rule(rule)
+    from fedllm.commands.aggregate import aggregate as run
+    from fedllm.commands.aggregate import parse_constants, summary
+
+    options = parse_constants(rule, [*older, *constants])
+    print(summary(rule, given["out"], run(rule, options=options, **given)))
+    return 0
+
+
+def _rules(text: str) -> list[str]:
+    from fedllm.commands.keys import rules_for_adapters
+
+    return [name for name in rules_for_adapters() if name.startswith(text)]
+
+
+@command.command()
+@click.argument("run", type=FOLDER)
+@click.option("--repo", metavar="OWNER/NAME")
+@click.option("--dry-run", is_flag=True, help="List the files, upload nothing.")
+@click.option("--public", is_flag=True, help="Anyone may read it; private by default.")
+@click.option("--merged", is_flag=True, help="The merged model too, in the root; the adapter in adapter/.")
+@click.option("--clients", is_flag=True, help="Each client's own adapter too, where the run kept them.")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), help="Of the merged model.")
+@click.option("--license", help="Of what is uploaded; the base model's where it is known.")
+def push(run: Path, **given: Any) -> int:
+    """Uploads a run's adapter and model card to the Hugging Face Hub, private by default."""
+    quiet()
+    from fedllm.export.hub import push_run
+
+    push_run(run, **given)
+    return 0
+
+
+@command.command()
+@click.argument("adapter", type=FOLDER)
+@click.option("--base", metavar="ID", help="A Hub id or a folder; by default the model that the adapter names.")
+@click.option("--out", required=True, type=FOLDER, metavar="DIR", help="Where the merged model goes; a new folder.")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", help="Of it.")
+def merge(adapter: Path, base: str | None, out: Path, dtype: str) -> int:
+    """Adds an adapter into its base model's weights, and measures that it is the same model."""
+    quiet()
+    from fedllm.commands.merge import merge_adapter
+
+    print(merge_adapter(adapter, base, out, dtype))
+    return 0
+
+
+@command.command("ls")
+@click.argument("what", nargs=-1, metavar="[recipes|sweeps|methods|tasks|partitions|guards]")
+def list_(what: Sequence[str]) -> int:
+    """Lists recipes, sweeps, methods, tasks, partitions and guards, with a line each."""
+    from fedllm.commands.listing import listing
+
+    print(listing(what))
+    return 0
+
+
+@command.command("cp")
+@click.argument("page", metavar="RECIPE", shell_complete=lambda ctx, option, text: _pages(text))
+@click.argument("target", type=FOLDER, metavar="FILE.yaml")
+@click.option("--sweep", "of_sweep", is_flag=True, help="Copy a page of sweeps/.")
+@click.option("--force", is_flag=True, help="Replace the file.")
+def copy(page: str, target: Path, of_sweep: bool, force: bool) -> int:
+    """Copies a recipe's page, for you to edit."""
+    from fedllm.commands.listing import copy_page
+
+    print(copy_page(page, target, "sweeps" if of_sweep else "recipes", force))
+    return 0
+
+
+def _pages(text: str) -> list[str]:
+    from fedllm.config.pages import pages
+
+    return [name for name in pages() if name.startswith(text)]
+
+
+@command.command()
+@click.argument("asked", nargs=-1, metavar="[SECTION | WORD ...]")
+def keys(asked: Sequence[str]) -> int:
+    """Lists every key of a recipe: type, default, what it does. Words narrow it down."""
+    from fedllm.commands.key_table import help_text
+
+    print(help_text(asked))
+    return 0
+
+
+@command.command()
+@click.argument("target", type=FOLDER, metavar="FILE.yaml", required=False)
+@click.option("--model", help="A Hub id, a folder, a .gguf file, or pico.")
+@click.option("--data", help="A task of `fedllm ls tasks`, or a file or folder of your own.")
+@click.option("--ranks", help="One for each client, such as 32,16,8.")
+@click.option("--rule", help="A method of `fedllm ls methods`.")
+@click.option("--force", is_flag=True, help="Replace the file.")
+def new(target: Path | None, **given: Any) -> int:
+    """Asks for model, data and ranks, and writes a recipe's page of your own."""
+    from fedllm.commands.new import write_page
+
+    return write_page(target, **given)
+
+
+@command.command()
+def methods() -> int:
+    """Prints every rule with its paper, file and recipes, as Markdown."""
     from fedllm.commands.methods import table
 
     print(table())
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": train,
-    "plan": plan,
-    "aggregate": aggregate,
-    "evaluate": evaluate,
-    "report": report,
-    "tsne": tsne,
-    "sweep": sweep,
-    "compare": compare,
-    "hessian": hessian,
-    "push": push,
-    "methods": methods,
-}
+@command.command()
+def env() -> int:
+    """Prints the versions and devices that a bug report needs."""
+    from fedllm.commands.environment import report as told
+
+    print(told())
+    return 0
+
+
+@command.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> int:
+    """Prints a shell's completion: eval "$(fedllm completion bash)" in its start-up file."""
+    from fedllm.commands.completion import script
+
+    print(script(command, shell))
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. 2: something the user can mend, said in one sentence on stderr."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] in {"-h", "--help"}:
-        print("\n".join(["The commands of fedllm:", "", *(f"  {command.__doc__}" for command in COMMANDS.values())]))
-        return 0 if given else 2
+    given = [str(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     try:
-        if given[0] in {"train", "plan"} and {"-h", "--help"} & set(given):
-            print(f"{COMMANDS[given[0]].__doc__}\n\nA recipe is a page of recipes/, or a path that ends in .yaml.")
-            return 0
-        if given[0] not in COMMANDS:
-            from fedllm.config.suggest import nearest
-
-            raise FedError(f"fedllm {given[0]}: {nearest(given[0], COMMANDS, 'command')}")
-        return COMMANDS[given[0]](given[1:])
+        code = command.main([*given] or ["--help"], prog_name="fedllm", standalone_mode=False)
+        return (code or 0) if given else 2
     except FedError as error:
         print(f"fedllm: {error}", file=sys.stderr)
         return 2
+    except click.ClickException as error:
+        path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "fedllm"
+        print(f"{path}: {error.format_message()} See {path} --help.", file=sys.stderr)
+        return 2
+    except click.Abort:
+        print("fedllm: stopped at once.", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # whoever reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -175,10 +175,10 @@ def test_no_repo_no_run_no_way_and_no_adapter(run, tmp_path):
     page["hub"] |= {"push": False, "repo": None, "clients": False}
     (bare / "recipe.yaml").write_text(yaml.safe_dump(page))
     cases = [
-        (lambda: hub.main([str(bare)]), "where to?"),
-        (lambda: hub.main([str(run)]), "the Hub cannot be reached"),
-        (lambda: hub.main([str(tmp_path)]), "no run's folder"),
-        (lambda: hub.main([str(bare), "--dry-run"]), "the run is not finished"),
+        (lambda: hub.push_run(bare), "where to?"),
+        (lambda: hub.push_run(run), "the Hub cannot be reached"),
+        (lambda: hub.push_run(tmp_path), "no run's folder"),
+        (lambda: hub.push_run(bare, dry_run=True), "the run is not finished"),
         (lambda: load(["recipe=smoke", "hub.push=true"]), "hub.push=true needs hub.repo"),
     ]
     for asked, message in cases:

@@ -72,7 +72,9 @@ def declared() -> dict[str, str]:
     """Distribution -> lower bound, of every dependency and extra in pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
-    return {normal(name.partition("[")[0]): bound.partition(",")[0] for name, bound in (line.split(">=") for line in lines)}
+    return {
+        normal(name.partition("[")[0]): bound.partition(",")[0] for name, bound in (line.split(">=") for line in lines)
+    }
 
 
 def module_name(path: Path) -> str:

@@ -214,11 +214,11 @@ def test_a_sweep_end_to_end(tmp_path, capsys):
         "run.seed": "0",
     }
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/rounds.jsonl")}
-    assert sweep.main([page, "--out", str(tmp_path / "out")]) == 0
+    assert sweep.run([page], out=tmp_path / "out") == 0
     assert capsys.readouterr().out.count("finished") == 2
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/rounds.jsonl")}
     with pytest.raises(FedError, match="worker.steps is 3 now and was 2"):
-        sweep.main([page, "worker.steps=3", "--out", str(tmp_path / "out")])
+        sweep.run([page, "worker.steps=3"], out=tmp_path / "out")
 
 
 @pytest.fixture

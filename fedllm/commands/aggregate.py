@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from fedllm.algorithms import LOW_RANK
+from fedllm.config.schema import parse_section
 from fedllm.config.suggest import nearest
 from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors
 from fedllm.errors import FedError
@@ -113,7 +113,13 @@ def aggregate(
 
 
 def _algorithm(rule: str, options: Mapping[str, Any]) -> Algorithm:
-    """The rule with these constants; names are checked and the nearest is offered."""
+    """The rule with these constants."""
+    _check_names(rule, options)
+    return LOW_RANK[rule](**options)
+
+
+def _check_names(rule: str, options: Iterable[str]) -> None:
+    """Refuses a rule or an option that there is not; the nearest is offered."""
     if rule not in LOW_RANK:
         raise FedError(f"{rule}: {nearest(rule, LOW_RANK, 'rule')}")
     fields = [field.name for field in dataclasses.fields(LOW_RANK[rule])]
@@ -123,7 +129,6 @@ def _algorithm(rule: str, options: Mapping[str, Any]) -> Algorithm:
             whose = f"it belongs to {', '.join(having)}" if having else "no rule has it"
             own = f"{rule} has {', '.join(fields)}" if fields else f"{rule} has no options"
             raise FedError(f"{rule} has no option {name!r}: {whose}; {own}.")
-    return LOW_RANK[rule](**options)
 
 
 def _counts(samples: Sequence[int] | None, clients: int) -> Sequence[int]:
@@ -182,84 +187,24 @@ def _exported(name: str, W: LowRank | Tensor, rank: int | None) -> LowRank:
     return fill(as_lowrank(W).truncate(rank), rank, _ROUND.rng("fresh", name))
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors in one sentence, as everywhere else."""
+def parse_constants(rule: str, told: Sequence[str]) -> dict[str, Any]:
+    """The rule's constants of ``key=value`` words, each of the type that a recipe's ``algorithm`` section gives it.
 
-    def error(self, message: str) -> NoReturn:
-        raise FedError(f"{message}. See {self.prog} --help.")
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
-    return value
-
-
-def _temperature(text: str) -> float | None:
-    return None if text.lower() in ("none", "null") else _positive(text)
-
-
-def _samples(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be whole numbers with commas between them, got {text!r}") from None
+    Raises:
+        FedError: a word without ``=``, a key that is another rule's or nobody's, a value out of range.
+    """
+    given: dict[str, Any] = {}
+    for word in told:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise FedError(f"--set {word}: give key=value, such as --set weights=fedavg.")
+        given[key] = yaml.safe_load(value) if value.lower() != "none" else None
+    _check_names(rule, given)
+    parsed = parse_section(LOW_RANK[rule], given, rule)
+    return {key: getattr(parsed, key) for key in given}
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="fedllm aggregate",
-        description="Aggregates PEFT adapter folders of any rank and alpha by a federated rule into one PEFT folder.",
-    )
-    parser.add_argument("rule", metavar="RULE", help=", ".join(LOW_RANK))
-    parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="the clients' adapter folders")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the aggregate goes; new or empty")
-    parser.add_argument("--samples", type=_samples, metavar="n1,n2,...", help="rows of each client (default: equal)")
-    parser.add_argument(
-        "--global",
-        dest="global_",
-        type=Path,
-        metavar="DIR",
-        help="the adapter of the round before: W_t for fedhl, the sum so far for flora",
-    )
-    parser.add_argument("--rank", type=int, metavar="R", help="best approximation of this rank (default: lossless)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the adapter that is in --out")
-    rule = parser.add_argument_group("options of single rules")
-    rule.add_argument("--epsilon", type=_positive, default=argparse.SUPPRESS, metavar="E", help="fedhl: default 1e-6")
-    rule.add_argument(
-        "--temperature",
-        type=_temperature,
-        default=argparse.SUPPRESS,
-        metavar="T|none",
-        help="fedhl: of the softmax, default 1; none: no softmax",
-    )
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0, or 2 after one line on stderr that says what to mend."""
-    try:
-        given = vars(_parser().parse_args(argv))
-        options: dict[str, Any] = {name: given[name] for name in ("epsilon", "temperature") if name in given}
-        done = aggregate(
-            given["rule"],
-            given["folders"],
-            given["out"],
-            samples=given["samples"],
-            global_=given["global_"],
-            rank=given["rank"],
-            options=options,
-            overwrite=given["overwrite"],
-        )
-    except FedError as error:
-        print(f"fedllm aggregate: {error}", file=sys.stderr)
-        return 2
-    print(_summary(given["rule"], given["out"], done))
-    return 0
-
-
-def _summary(rule: str, out: Path, done: Aggregated) -> str:
+def summary(rule: str, out: Path, done: Aggregated) -> str:
     width = max(len(client.id) for client in done.clients)
     lines = [f"{'client':{width}}  rank  samples   share"]
     lines += [f"{c.id:{width}}  {c.rank:4}  {c.num_samples:7}  {done.shares[c.id]:6.4f}" for c in done.clients]
@@ -269,7 +214,3 @@ def _summary(rule: str, out: Path, done: Aggregated) -> str:
     if len(done.base_models) > 1:
         lines.append(f"The adapters name different base models ({', '.join(done.base_models)}): the first was written.")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,19 +13,10 @@ from fedllm.reports.compare.tables import aggregated_csv, runs_csv, text
 from fedllm.storage import run_folder as folder
 
 
-def main(arguments: Sequence[str]) -> int:
-    """``fedllm compare RUN... [--out DIR]``."""
-    parser = argparse.ArgumentParser(prog="fedllm compare", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="runs' folders, or a sweep's")
-    parser.add_argument(
-        "--out", type=Path, help="where compare.md, the CSV files and the plots go; compare/ by default"
-    )
-    parser.add_argument("--score", help="the score to put first; by default the first that is a share of the test rows")
-    parser.add_argument("--target", help="METRIC=VALUE to reach; by default the loss that every rule reached")
-    given = parser.parse_args(arguments)
-    sweep = given.runs[0] if len(given.runs) == 1 and (given.runs[0] / SHEET).is_file() else None
-    print(write(given.runs, given.out or (sweep or Path()) / "compare", given.score, given.target))
-    return 0
+def default_folder(runs: Sequence[Path]) -> Path:
+    """``compare/`` of a sweep, or of the working folder."""
+    sweep = runs[0] if len(runs) == 1 and (runs[0] / SHEET).is_file() else Path()
+    return sweep / "compare"
 
 
 def write(runs: Sequence[Path], out: Path, score: str | None = None, target: str | None = None) -> Path:

@@ -6,7 +6,6 @@ stable rank of its loss, and the more it gains from low-rank updates. A small ne
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import time
@@ -29,19 +28,6 @@ from fedllm.recipe import page as recipes
 from fedllm.recipe.sections import Recipe
 from fedllm.storage import run_folder as folder
 from fedllm.tasks.arrays import Arrays, Examples, cross_entropy
-
-
-def main(arguments: Sequence[str]) -> int:
-    """``fedllm hessian RUN [data.path=FOLDER] [--samples N...]``."""
-    parser = argparse.ArgumentParser(prog="fedllm hessian", description=__doc__)
-    parser.add_argument("run", type=Path, help="a finished run's folder, of a network that was trained whole")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="of its recipe, such as data.path=FOLDER")
-    parser.add_argument("--samples", type=int, nargs="+", default=[50, 500], help="examples of each Hessian")
-    parser.add_argument("--probes", type=int, default=60, help="random vectors for the Frobenius norm")
-    given = parser.parse_intermixed_args(arguments)
-    written = write(given.run, given.samples, given.probes, given.overrides)
-    print(written.read_text())
-    return 0
 
 
 def write(run: Path, samples: Sequence[int], probes: int, overrides: Sequence[str] = ()) -> Path:

@@ -9,7 +9,7 @@ import sys
 import yaml
 
 from fedllm.algorithms import ALGORITHMS
-from fedllm.recipe.page import folders
+from fedllm.config.pages import pages as all_pages
 
 
 def table() -> str:
@@ -36,7 +36,7 @@ def _first_sentence(rule: type) -> str:
 def _recipes() -> dict[str, list[str]]:
     """Pages by the rule they name."""
     pages: dict[str, list[str]] = {}
-    for page in sorted((page for folder in folders() for page in folder.glob("*.yaml")), key=lambda page: page.stem):
+    for page in all_pages().values():
         rule = (yaml.safe_load(page.read_text()).get("algorithm") or {}).get("name", "")
         pages.setdefault(rule, []).append(page.stem)
     return pages

@@ -16,7 +16,6 @@ skipped; what was broken off goes on after its last whole round.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -35,6 +34,8 @@ from typing import Any
 import yaml
 
 from fedllm.commands import compare
+from fedllm.config import pages
+from fedllm.config.arguments import spelled
 from fedllm.config.suggest import nearest
 from fedllm.core import Client
 from fedllm.errors import FedError
@@ -67,25 +68,19 @@ class Sweep:
     runs: tuple[Planned, ...]
 
 
-def main(arguments: Sequence[str]) -> int:
-    """``fedllm sweep PAGE [a.b=c ...]``. 0: all runs are finished; 1: some broke off."""
-    parser = argparse.ArgumentParser(prog="fedllm sweep", description="Runs every combination that a page names.")
-    parser.add_argument("page", help="a name in sweeps/, or a path to a YAML page")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="of every run, after the page's own")
-    parser.add_argument("--out", type=Path, help="the folder of the runs; runs/NAME by default")
-    parser.add_argument("--plan", action="store_true", help="list the runs and where each stands, and stop")
-    parser.add_argument("--jobs", type=int, help="runs at the same time; one a GPU by default, and one without any")
-    parser.add_argument("--launch", default="", metavar="COMMAND", help='of each run, such as "accelerate launch -n 4"')
-    given = parser.parse_intermixed_args(arguments)
-    sweep = load(given.page, given.overrides, given.out)
+def run(
+    words: Sequence[str], *, out: Path | None = None, plan_only: bool = False, jobs: int | None = None, launch: str = ""
+) -> int:
+    """Runs a page, or the axes that the words name. 0: all runs are finished; 1: some broke off."""
+    sweep = of_words(words, out)
     standing = {run.name: state(sweep.output / run.name, run.recipe) for run in sweep.runs}
     for run in sweep.runs:
         print(f"{run.name:40} {standing[run.name]}")
-    if given.plan:
+    if plan_only:
         return 0
     folder_of(sweep)
-    jobs = given.jobs or max(1, len(devices()))
-    broken = execute(sweep, [run for run in sweep.runs if standing[run.name] != DONE], jobs, shlex.split(given.launch))
+    jobs = jobs or max(1, len(devices()))
+    broken = execute(sweep, [run for run in sweep.runs if standing[run.name] != DONE], jobs, shlex.split(launch))
     if len(broken) < len(sweep.runs):
         print(f"comparison: {compare.write([sweep.output], sweep.output / 'compare')}")
     if broken:
@@ -94,8 +89,50 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if broken else 0
 
 
-def load(page: str, overrides: Sequence[str] = (), output: Path | None = None) -> Sweep:
+def of_words(words: Sequence[str], output: Path | None = None) -> Sweep:
+    """The runs of ``PAGE a.b=c``, or of ``recipe=NAME over.AXIS=[...] a.b=c`` without a page; axes add to a page's.
+
+    Raises:
+        FedError: as ``load``, and where there is neither a page nor a recipe with an axis.
+    """
+    page = words[0] if words and "=" not in words[0] and not words[0].startswith("-") else None
+    told: dict[str, Any] = {"over": {}}
+    overrides = []
+    for word in spelled(["", *words[bool(page) :]])[1:]:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise FedError(f"{word!r} is not understood: give a.b=c, or over.AXIS=[...].")
+        if key.startswith("over."):
+            told["over"][key.removeprefix("over.")] = _value(word)
+        elif key == "without":
+            told["without"] = _value(word)
+        elif key == "recipe":
+            told["recipe"] = value
+        else:
+            overrides.append(word)
+    if page:
+        return load(page, overrides, output, told)
+    if not told.get("recipe") or not told["over"]:
+        raise FedError("which sweep? Give a page of sweeps/, or recipe=NAME and axes such as over.run.seed=[0,1,2].")
+    name = Path(str(told["recipe"])).stem
+    return expand(f"{name}_sweep", "this sweep", told, overrides, output)
+
+
+def _value(word: str) -> Any:
+    key, _, text = word.partition("=")
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise FedError(f"{word!r} is not understood: give {key}=[one, another].") from error
+
+
+def load(
+    page: str, overrides: Sequence[str] = (), output: Path | None = None, more: Mapping[str, Any] | None = None
+) -> Sweep:
     """The runs of a page, each recipe resolved and checked.
+
+    Args:
+        more: ``recipe``, ``over`` and ``without`` of the command line, which win over the page's.
 
     Raises:
         FedError: an unknown page, key or name, a combination that cannot run, two runs of one name.
@@ -105,6 +142,8 @@ def load(page: str, overrides: Sequence[str] = (), output: Path | None = None) -
         told = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise FedError(f"sweep {page}: {str(error).splitlines()[0]}") from error
+    if more and isinstance(told, dict) and isinstance(told.get("over", {}), dict):
+        told = told | dict(more) | {"over": (told.get("over") or {}) | more["over"]}
     if (
         not isinstance(told, dict)
         or not told.get("recipe")
@@ -112,9 +151,14 @@ def load(page: str, overrides: Sequence[str] = (), output: Path | None = None) -
         or not told["over"]
     ):
         raise FedError(f"{path}: a sweep is a page with at least `recipe: NAME` and `over:`, the axes.")
+    return expand(path.stem, str(path), told, overrides, output)
+
+
+def expand(name: str, where: str, told: Mapping[str, Any], overrides: Sequence[str], output: Path | None) -> Sweep:
+    """One run for each combination of the axes."""
     for key in told:
         if key not in KEYS:
-            raise FedError(f"{path}: {nearest(str(key), KEYS, 'key of a sweep')}")
+            raise FedError(f"{where}: {nearest(str(key), KEYS, 'key of a sweep')}")
     axes = {str(name): choices(str(name), values) for name, values in told["over"].items()}
     without = told.get("without") or []
     check_without(without, axes)
@@ -127,13 +171,13 @@ def load(page: str, overrides: Sequence[str] = (), output: Path | None = None) -
         arguments = latest([*common, *(one for _, chosen in picked for one in chosen), *overrides])
         runs.append(planned(labels, arguments))
     if not runs:
-        raise FedError(f"{path}: `without` leaves no run.")
+        raise FedError(f"{where}: `without` leaves no run.")
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise FedError(
-            f"{path}: two runs would both be called {max(names, key=names.count)}: give the choices other names."
+            f"{where}: two runs would both be called {max(names, key=names.count)}: give the choices other names."
         )
-    return Sweep(path.stem, output or Path(str(told.get("output") or f"runs/{path.stem}")), tuple(runs))
+    return Sweep(name, output or Path(str(told.get("output") or f"runs/{name}")), tuple(runs))
 
 
 def planned(labels: Mapping[str, str], arguments: Sequence[str]) -> Planned:
@@ -153,15 +197,7 @@ def planned(labels: Mapping[str, str], arguments: Sequence[str]) -> Planned:
 
 def find(page: str) -> Path:
     """A path to a YAML file, or a name in ``sweeps/`` beside ``recipes/``."""
-    if Path(page).suffix in {".yaml", ".yml"}:
-        if not Path(page).is_file():
-            raise FedError(f"sweep {page}: there is no such file.")
-        return Path(page)
-    folders = [place.parent / "sweeps" for place in recipes.folders()]
-    pages = {path.stem: path for place in folders for path in sorted(place.glob("*.yaml"))}
-    if page not in pages:
-        raise FedError(f"sweep {page}: {nearest(page, pages, 'sweep')}")
-    return pages[page]
+    return pages.find(page, "sweeps", "sweep ")
 
 
 def choices(axis: str, values: Any) -> dict[str, list[str]]:

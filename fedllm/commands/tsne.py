@@ -7,7 +7,6 @@ differently: networks that differ, and share little, have no reason to agree.
 
 from __future__ import annotations
 
-import argparse
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,23 +43,22 @@ class Point:
     representation: NDArray[np.float32]
 
 
-def main(arguments: Sequence[str]) -> int:
-    """``fedllm tsne RUN``: ``plots/tsne.png`` and ``plots/tsne.csv`` in the run's folder, and the report again."""
-    parser = argparse.ArgumentParser(prog="fedllm tsne", description=__doc__)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--examples", type=int, default=EXAMPLES, help=f"at most, of all; {EXAMPLES} by default")
-    parser.add_argument("--seed", type=int, default=0, help="of the map: t-SNE has no one answer")
-    given = parser.parse_args(arguments)
-    points = thinned(points_of(given.run), given.examples)
-    places = laid_out(points, given.seed)
-    (given.run / "plots").mkdir(exist_ok=True)
-    with (given.run / "plots" / "tsne.csv").open("w", newline="") as file:
+def draw_map(run: Path, examples: int | None = None, seed: int = 0) -> Path:
+    """Writes ``plots/tsne.png`` and ``plots/tsne.csv`` into the run's folder, and the report again; the report's path.
+
+    Args:
+        examples: at most, of all clients; ``EXAMPLES`` by default.
+        seed: of the map.
+    """
+    points = thinned(points_of(run), examples or EXAMPLES)
+    places = laid_out(points, seed)
+    (run / "plots").mkdir(exist_ok=True)
+    with (run / "plots" / "tsne.csv").open("w", newline="") as file:
         rows = [[p.client, p.label, *place] for p, place in zip(points, places.tolist(), strict=True)]
         csv.writer(file, lineterminator="\n").writerows([["client", "label", "x", "y"], *rows])
     with styled():
-        save(picture(points, places), given.run / "plots" / "tsne.png")
-    print(report.write(given.run))
-    return 0
+        save(picture(points, places), run / "plots" / "tsne.png")
+    return report.write(run)
 
 
 def points_of(run: Path) -> list[Point]:

@@ -5,7 +5,6 @@ Private unless told otherwise, nothing but what ``--dry-run`` lists, and the tok
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -83,33 +82,30 @@ def publish(recipe: Recipe, console: Console) -> None:
         raise FedError(f"{error} The run itself is whole: `fedllm push {out}` uploads it.") from error
 
 
-def main(arguments: Sequence[str]) -> int:
+def push_run(
+    run: Path,
+    *,
+    repo: str | None = None,
+    dry_run: bool = False,
+    public: bool = False,
+    merged: bool = False,
+    clients: bool = False,
+    dtype: Any = None,
+    license: str | None = None,
+) -> None:
     """``fedllm push RUN``; what is not said, but for the dry run, is taken from the run's own ``hub`` section."""
-    parser = argparse.ArgumentParser(prog="fedllm push", description="Uploads a finished run's adapter and model card.")
-    parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument("--repo", metavar="OWNER/NAME")
-    parser.add_argument("--dry-run", action="store_true", help="list the files, upload nothing")
-    parser.add_argument("--public", action="store_true", help="anyone may read it; private by default")
-    parser.add_argument(
-        "--merged", action="store_true", help="the merged model too, in the root; the adapter in adapter/"
-    )
-    parser.add_argument("--clients", action="store_true", help="each client's own adapter too, where the run kept them")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="of the merged model")
-    parser.add_argument("--license", help="of what is uploaded; the base model's where it is known")
-    given = parser.parse_args(arguments)
-    settings = _recipe_of(given.run).hub
+    settings = _recipe_of(run).hub
     settings = dataclasses.replace(
         settings,
-        repo=given.repo or settings.repo,
-        dry_run=given.dry_run,
-        private=not given.public and settings.private,
-        merged=given.merged or settings.merged,
-        clients=given.clients or settings.clients,
-        dtype=given.dtype or settings.dtype,
-        license=given.license or settings.license,
+        repo=repo or settings.repo,
+        dry_run=dry_run,
+        private=not public and settings.private,
+        merged=merged or settings.merged,
+        clients=clients or settings.clients,
+        dtype=dtype or settings.dtype,
+        license=license or settings.license,
     )
-    push(given.run, settings, Console())
-    return 0
+    push(run, settings, Console())
 
 
 def push(run: Path, settings: Hub, console: Console) -> None:

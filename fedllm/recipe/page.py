@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -16,8 +15,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedllm.algorithms import ALGORITHMS
+from fedllm.config.arguments import spelled
+from fedllm.config.pages import find, folders
 from fedllm.config.schema import as_section, parse_named, parse_section, parser_message, refuse_unknown_keys
-from fedllm.config.suggest import nearest
 from fedllm.data.partition import PARTITIONS
 from fedllm.errors import FedError
 from fedllm.fleets.faults import Faults
@@ -123,25 +123,6 @@ def build(name: str, page: Mapping[str, Any]) -> Recipe:
     return dataclasses.replace(recipe, page=_page(recipe, partition_name))
 
 
-def find(name: str) -> Path:
-    """A recipe's page: a path to a YAML file, or a name in ``recipes/`` of the checkout or the installed package."""
-    if Path(name).suffix in {".yaml", ".yml"}:
-        if not Path(name).is_file():
-            raise FedError(f"recipe={name}: there is no such file.")
-        return Path(name)
-    pages = {page.stem: page for folder in folders() for page in sorted(folder.glob("*.yaml"))}
-    if name not in pages:
-        path = "A page of your own is a path that ends in .yaml. " if Path(name).exists() else ""
-        raise FedError(f"recipe={name}: {path}{nearest(name, pages, 'recipe')}")
-    return pages[name]
-
-
-def folders() -> list[Path]:
-    """Where recipes lie: inside the installed package, and beside it in a checkout, which wins."""
-    package = Path(__file__).resolve().parents[1]
-    return [folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir()]
-
-
 def dump(recipe: Recipe) -> str:
     """The resolved page: ``recipe=THIS_FILE.yaml`` is the same run."""
     return yaml.safe_dump(dict(recipe.page), sort_keys=False, allow_unicode=True)
@@ -149,7 +130,7 @@ def dump(recipe: Recipe) -> str:
 
 def _arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
     name, overrides = None, []
-    for argument in arguments:
+    for argument in spelled(arguments):
         key, equals, value = argument.partition("=")
         if not equals or not key:
             raise FedError(f"{argument!r} is not understood: give recipe=NAME and then a.b=c overrides.")
