@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from fedllm.algorithms import LOW_RANK
+from fedllm.config import plain_yaml
 from fedllm.config.schema import parse_section
 from fedllm.config.suggest import nearest
 from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors
@@ -198,7 +198,10 @@ def parse_constants(rule: str, told: Sequence[str]) -> dict[str, Any]:
         key, equals, value = word.partition("=")
         if not equals:
             raise FedError(f"--set {word}: give key=value, such as --set weights=fedavg.")
-        given[key] = yaml.safe_load(value) if value.lower() != "none" else None
+        try:
+            given[key] = plain_yaml.parse(value) if value.lower() != "none" else None
+        except FedError as error:
+            raise FedError(f"--set {word[:200]}: {error}") from error
     _check_names(rule, given)
     parsed = parse_section(LOW_RANK[rule], given, rule)
     return {key: getattr(parsed, key) for key in given}

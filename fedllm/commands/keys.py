@@ -7,9 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from fedllm.config import source
+from fedllm.config import plain_yaml, source
 from fedllm.config.arguments import spelled
 from fedllm.config.pages import find
 from fedllm.config.source import Class, Key, Unreadable
@@ -108,8 +106,8 @@ def refuse_typos(arguments: Sequence[str]) -> None:
 def _page(path: Path) -> dict[str, Any]:
     """The keys of a page with their values, flat."""
     try:
-        told = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, ValueError, RecursionError):
+        told = plain_yaml.read(path)
+    except FedError:
         return {}
     return dict(_flat(told)) if isinstance(told, Mapping) else {}
 
@@ -121,8 +119,8 @@ def _asked(words: Sequence[str]) -> dict[str, Any]:
         if not equals or key == "recipe":
             continue
         try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError):
+            value = plain_yaml.parse(text)
+        except FedError:
             value = text
         found |= dict(_flat(value, key)) if isinstance(value, Mapping) and value else {key: value}
     return found

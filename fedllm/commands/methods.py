@@ -6,9 +6,8 @@ import inspect
 import re
 import sys
 
-import yaml
-
 from fedllm.algorithms import ALGORITHMS
+from fedllm.config import plain_yaml
 from fedllm.config.pages import pages as all_pages
 
 
@@ -37,6 +36,6 @@ def _recipes() -> dict[str, list[str]]:
     """Pages by the rule they name."""
     pages: dict[str, list[str]] = {}
     for page in all_pages().values():
-        rule = (yaml.safe_load(page.read_text()).get("algorithm") or {}).get("name", "")
+        rule = (plain_yaml.read(page).get("algorithm") or {}).get("name", "")
         pages.setdefault(rule, []).append(page.stem)
     return pages

@@ -31,10 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fedllm.commands import compare
-from fedllm.config import pages
+from fedllm.config import pages, plain_yaml
 from fedllm.config.arguments import spelled
 from fedllm.config.suggest import nearest
 from fedllm.core import Client
@@ -121,8 +119,8 @@ def of_words(words: Sequence[str], output: Path | None = None) -> Sweep:
 def _value(word: str) -> Any:
     key, _, text = word.partition("=")
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return plain_yaml.parse(text)
+    except FedError as error:
         raise FedError(f"{word!r} is not understood: give {key}=[one, another].") from error
 
 
@@ -139,9 +137,9 @@ def load(
     """
     path = find(page)
     try:
-        told = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise FedError(f"sweep {page}: {str(error).splitlines()[0]}") from error
+        told = plain_yaml.read(path)
+    except FedError as error:
+        raise FedError(f"sweep {page}: {error}") from error
     if more and isinstance(told, dict) and isinstance(told.get("over", {}), dict):
         told = told | dict(more) | {"over": (told.get("over") or {}) | more["over"]}
     if (
@@ -219,7 +217,9 @@ def assignments(told: Any, where: str) -> list[str]:
     """``{a.b: c}`` as ``a.b=c``, as the command line takes it."""
     if not isinstance(told, dict):
         raise FedError(f"{where}={told!r}: write overrides as {{a.b: value}}.")
-    return [f"{key}={value if key == 'recipe' else json.dumps(value)}" for key, value in told.items()]
+    return [
+        f"{key}={value if key == 'recipe' else json.dumps(value, ensure_ascii=False)}" for key, value in told.items()
+    ]
 
 
 def latest(arguments: Sequence[str]) -> list[str]:

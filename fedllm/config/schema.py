@@ -6,19 +6,10 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from fedllm.config.suggest import closest, nearest
 from fedllm.errors import FedError
-
-
-def parser_message(error: Exception) -> str:
-    """A parser's message in one line, with the line of the page that it is about."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem:
-        mark = error.problem_mark
-        return f"{error.problem}{f' (line {mark.line + 1})' if mark else ''}."
-    return str(error).splitlines()[0]
 
 
 def as_section(value: Any, where: str) -> dict[str, Any]:
@@ -36,6 +27,8 @@ def parse_named(
     name = section.pop("name", default)
     if name is None:
         raise FedError(f"{where}.name is missing. One of: {', '.join(sorted(table))}.")
+    if not isinstance(name, str):
+        raise FedError(f"{where}.name={name!r}: give one name, of: {', '.join(sorted(table))}.")
     if name not in table:
         raise FedError(f"{where}.name={name}: {nearest(str(name), table, where.rpartition('.')[2])}")
     return name, parse_section(table[name], section, where, also={"name", *also})
@@ -69,6 +62,8 @@ def _needed(fault: Mapping[str, Any], given: Any) -> str:
             return f"a list, [{given}]" if isinstance(given, str | int | float) else "a list"
         case "bool_type" | "bool_parsing":
             return "true or false"
+        case "string_type" if isinstance(given, Mapping):  # {prompt} without quotes
+            return "a string; one with braces in it goes into quotes, '\"...\"'"
         case "value_error":  # the words of `fedllm.config.types.needs`
             return fault["msg"].removeprefix("Value error, ")
     return fault["msg"].removeprefix("Input should be ").replace("a valid ", "a ")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, WrapValidator
+from pydantic import AfterValidator, Field, ValidationError, WrapValidator
 
 
 def needs(words: str) -> WrapValidator:
@@ -46,10 +46,20 @@ PartShare = Annotated[float, Field(ge=0, lt=1), needs("a number from 0 to below 
 Between = Annotated[float, Field(gt=0, lt=1), needs("a number between 0 and 1")]
 """A part that is neither."""
 
-Whole = Annotated[int, Field(ge=0), needs("a whole number from 0 up")]
+
+def _at_most(value: int) -> int:
+    if value > MOST:
+        raise ValueError(f"a whole number up to {MOST}")
+    return value
+
+
+MOST = 2**31 - 1
+"""The largest count: of rounds, rows, steps and so on. Every library below takes it."""
+
+Whole = Annotated[int, Field(ge=0), needs("a whole number from 0 up"), AfterValidator(_at_most)]
 """How many, where there may be none."""
 
-Count = Annotated[int, Field(ge=1), needs("a whole number from 1 up")]
+Count = Annotated[int, Field(ge=1), needs("a whole number from 1 up"), AfterValidator(_at_most)]
 """How many, at least one."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**32), needs("a whole number from 0 to 4294967295")]

@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from fedllm.config.schema import parse_section, parser_message
+from fedllm.config import plain_yaml
+from fedllm.config.schema import parse_section
 from fedllm.config.suggest import nearest
 from fedllm.config.types import Between, Count, NonNegative, Seed, SomeShare
 from fedllm.errors import FedError
@@ -96,9 +94,9 @@ def parse(task: str | None, arguments: Sequence[str]) -> tuple[Settings, str, re
         if not equals or not key:
             raise FedError(f"{argument!r} is not understood: give a.b=c, such as model=ID rows=32.")
     try:
-        page: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(arguments)))
-    except (OmegaConfBaseException, ValueError) as error:
-        raise FedError(f"these arguments cannot be read: {parser_message(error)}") from error
+        page = plain_yaml.assignments(arguments)
+    except FedError as error:
+        raise FedError(f"these arguments cannot be read: {error}") from error
     asked = page.pop("task", None) if task is None else None
     settings: Settings = parse_section(Settings, page, "")
     run = None

@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from fedllm.algorithms import ALGORITHMS
+from fedllm.config import plain_yaml
 from fedllm.config.arguments import spelled
 from fedllm.config.pages import find, folders
-from fedllm.config.schema import as_section, parse_named, parse_section, parser_message, refuse_unknown_keys
+from fedllm.config.schema import as_section, parse_named, parse_section, refuse_unknown_keys
 from fedllm.data.partition import PARTITIONS
 from fedllm.errors import FedError
 from fedllm.fleets.faults import Faults
@@ -38,46 +37,47 @@ def load(arguments: Sequence[str]) -> Recipe:
     name, overrides = _arguments(arguments)
     path = find(name)
     try:
-        page: Any = OmegaConf.load(path)
-        if not OmegaConf.is_dict(page):
-            raise FedError(f"{path}: a recipe is a YAML page of sections (run, algorithm, model, ...).")
-        # names are checked one by one below: a typo is answered with the nearest key, not merged in silently
-        asked = [_override(argument) for argument in overrides]
-        _leave_behind(page, OmegaConf.merge(*asked) if asked else OmegaConf.create())
-        for argument, part in zip(overrides, asked, strict=True):
-            page = _merged(page, part, argument)
-        resolved: Any = OmegaConf.to_container(page, resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise FedError(f"recipe {name}: {parser_message(error)}") from error
-    return build(path.stem, resolved)
+        page = plain_yaml.read(path)
+    except FedError as error:
+        raise FedError(f"recipe {name}: {error}") from error
+    if not isinstance(page, Mapping):
+        raise FedError(f"{path}: a recipe is a YAML page of sections (run, algorithm, model, ...).")
+    # names are checked one by one below: a typo is answered with the nearest key, not merged in silently
+    asked = [_override(argument) for argument in overrides]
+    together: Mapping[str, Any] = {}
+    for argument, part in zip(overrides, asked, strict=True):
+        together = _merged(together, part, argument)
+    page = _without_replaced(page, together)
+    for argument, part in zip(overrides, asked, strict=True):
+        page = _merged(page, part, argument)
+    return build(path.stem, page)
 
 
-def _merged(page: Any, part: Any, argument: str) -> Any:
+def _merged(page: Mapping[str, Any], part: Mapping[str, Any], argument: str) -> dict[str, Any]:
     try:
-        return OmegaConf.merge(page, part)
+        return plain_yaml.merged(page, part)
     except TypeError as error:  # a list for keys, or the other way round
         raise FedError(f"{argument!r} does not fit: the recipe has another kind of value there.") from error
 
 
-def _override(argument: str) -> Any:
+def _override(argument: str) -> dict[str, Any]:
     """One ``a.b=c`` as a page of its own.
 
     Raises:
         FedError: where its value is no YAML, or is one value for a whole section.
     """
     key, _, value = argument.partition("=")
+    if value.strip() == "???":
+        raise FedError(f"{argument}: ??? stands for a missing value, give one.")
     try:
-        page = OmegaConf.from_dotlist([argument])
-        if value.strip() == "???":
-            raise FedError(f"{argument}: ??? stands for a missing value, give one.")
-        if key in SECTIONS:
-            as_section(OmegaConf.to_container(page)[key] or value, key)  # type: ignore[call-overload, index]
-        return page
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        page = plain_yaml.assignment(argument)
+    except FedError as error:
         raise FedError(
-            f"{argument!r} is not understood: {parser_message(error)} "
-            f"A text with marks in it goes into quotes, {key}='\"...\"'."
+            f"{argument[:200]!r} is not understood: {error} A text with marks in it goes into quotes, {key}='\"...\"'."
         ) from error
+    if key in SECTIONS:
+        as_section(page[key] or value, key)
+    return page
 
 
 def build(name: str, page: Mapping[str, Any]) -> Recipe:
@@ -91,7 +91,7 @@ def build(name: str, page: Mapping[str, Any]) -> Recipe:
     own = as_section(page.get("data"), "data")
     common = {f.name for f in dataclasses.fields(Data)} - {"task"}
     shared = {key: own.pop(key) for key in list(own) if key in common}
-    made = {f.name for f in dataclasses.fields(TASKS[own["name"]])} if own.get("name") in TASKS else set()
+    made = {f.name for f in dataclasses.fields(TASKS[own["name"]])} if _known(own.get("name"), TASKS) else set()
     own |= {key: value for key, value in shared.items() if key in made and value is not None}  # rows made to order
     partition_name, shared["partition"] = parse_named(
         PARTITIONS, shared.get("partition"), "data.partition", default="iid"
@@ -123,6 +123,10 @@ def build(name: str, page: Mapping[str, Any]) -> Recipe:
     return dataclasses.replace(recipe, page=_page(recipe, partition_name))
 
 
+def _known(name: Any, table: Mapping[str, Any]) -> bool:
+    return isinstance(name, str) and name in table
+
+
 def dump(recipe: Recipe) -> str:
     """The resolved page: ``recipe=THIS_FILE.yaml`` is the same run."""
     return yaml.safe_dump(dict(recipe.page), sort_keys=False, allow_unicode=True)
@@ -146,21 +150,31 @@ def _arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
     return name, overrides
 
 
-def _leave_behind(page: Any, asked: Any) -> None:
-    """Where an override names another rule, model, task or worker, what the page says of the one it had goes."""
+def _without_replaced(page: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Drops what the page says of a rule, model, task or worker where an override names another one."""
     data = {f.name for f in dataclasses.fields(Data)}
     owned: dict[str, Callable[[str], bool]] = {
         "algorithm": lambda key: True,
         "worker": lambda key: True,
         "data": lambda key: key not in data,
-        "data.partition": lambda key: True,
         "model": lambda key: key in {"config", "revision"},
     }
-    for where, belongs in owned.items():
-        section, name = OmegaConf.select(page, where), OmegaConf.select(asked, f"{where}.name")
-        if OmegaConf.is_dict(section) and name and name != section.get("name"):
-            for key in [key for key in section if belongs(key)]:
-                del section[key]
+    kept = {section: _kept(page.get(section), asked.get(section), owned.get(section)) for section in page}
+    section, other = kept.get("data"), asked.get("data")
+    if isinstance(section, Mapping) and isinstance(other, Mapping):
+        partition = _kept(section.get("partition"), other.get("partition"), lambda key: True)
+        kept["data"] = {**section, "partition": partition} if "partition" in section else section
+    return kept
+
+
+def _kept(section: Any, asked: Any, belongs: Callable[[str], bool] | None) -> Any:
+    """The section, without the keys that belong to its ``name`` where ``asked`` names another."""
+    if belongs is None or not isinstance(section, Mapping) or not isinstance(asked, Mapping):
+        return section
+    name = asked.get("name")
+    if not name or name == section.get("name"):
+        return section
+    return {key: value for key, value in section.items() if not belongs(key)}
 
 
 def _page(recipe: Recipe, partition: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,10 @@ SECTIONS = (
     "faults",
     "wire",
 )
+
+
+MOST_CLIENTS = 1_000_000
+"""Clients of a run: each is an object, and has its own rows."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +94,14 @@ class Clients:
 
     def ranks(self) -> list[int]:
         """One rank per client."""
+        if self.count and self.count > MOST_CLIENTS:
+            raise FedError(f"clients.count={self.count}: a run has {MOST_CLIENTS} clients at most.")
         if isinstance(self.rank, int):
             ranks: Sequence[int] = [self.rank] * (self.count or 1)
         elif isinstance(self.rank, str):
             if self.rank not in PROFILES:
+                if re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", self.rank):
+                    raise FedError(f"clients.rank={self.rank!r} is a text: ranks are clients.rank=[{self.rank}].")
                 raise FedError(f"clients.rank={self.rank}: {nearest(self.rank, PROFILES, 'rank profile')}")
             ranks = PROFILES[self.rank]
         else:

@@ -14,8 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from fedllm.config import plain_yaml
 from fedllm.errors import FedError
 from fedllm.reports.formatting import is_fraction, number
 
@@ -133,8 +132,8 @@ def json_in(path: Path) -> Mapping[str, Any]:
 
 def yaml_in(path: Path) -> Mapping[str, Any]:
     try:
-        return mapping(yaml.safe_load(path.read_text(encoding="utf-8", errors="replace")))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return mapping(plain_yaml.read(path))
+    except FedError:
         return {}
 
 
