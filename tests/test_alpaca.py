@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from fedllm.errors import FedError
 from fedllm.recipe import load
-from fedllm.tasks.alpaca import Alpaca, rouge_l
+from fedllm.tasks.alpaca import Alpaca
+from fedllm.tasks.rouge import rouge_l
 
 ROW = {"instruction": "Add.", "input": "1 and 2", "output": "It is three"}
 
@@ -40,7 +41,7 @@ def test_rouge_l_by_hand():
 
 @given(*[st.lists(st.sampled_from(["a", "B", "cats", "cat", "12", "..."]), max_size=12).map(" ".join)] * 2)
 def test_rouge_l_is_the_textbooks(generated, target):
-    assert rouge_l(generated, target) == pytest.approx(by_hand(generated, target))
+    assert rouge_l(generated, target, "english") == pytest.approx(by_hand(generated, target))
 
 
 def test_the_prompt_shows_an_input_only_where_there_is_one():

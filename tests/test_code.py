@@ -49,7 +49,7 @@ def test_scores_of_right_wrong_and_endless_answers(problems, isolated):
     scores = task.score_all(answers, [row] * 4)
     assert [score["pass_at_1"] for score in scores] == [1, 0, 0, 0]
     assert [score["outcome"].split(":")[0] for score in scores] == ["passed", "failed", scores[2]["outcome"], "failed"]
-    assert task.summary(scores) == {"pass_at_1": 0.25}
+    assert task.summary(scores) == {"pass_at_1": 0.25, "pass_at_1_fenced": 0.25}
     assert task.score(answers[0], row)["pass_at_1"] == 1
 
 

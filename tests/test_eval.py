@@ -135,7 +135,7 @@ def test_pass_at_k_is_human_evals_estimate(monkeypatch, tmp_path):
 
     def score_all(self, generated, rows, accept_missing=()):
         assert len(generated) == 8
-        return [{"pass_at_1": float(i == 2), "outcome": "told"} for i in range(8)]
+        return [{"pass_at_1": float(i == 2), "pass_at_1_fenced": 0.0, "outcome": "told"} for i in range(8)]
 
     monkeypatch.setattr(HumanEval, "score_all", score_all)
     monkeypatch.setattr(evaluation, "require", lambda accepted: {})

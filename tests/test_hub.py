@@ -396,11 +396,11 @@ def test_the_licence_is_read_from_the_card_beside_the_weights(run, tmp_path):
     assert hub.known_licence(run) is None
 
 
-def test_the_bootstrap_by_hand():
-    """Of 0 and 1 with equal counts the mean's distribution is binomial: n = 100, so 0.5 +- 1.96 * 0.05."""
+def test_the_interval_by_hand():
+    """Wilson, n = 100, share 0.5: 0.5 +- 1.96 / 1.0384 * sqrt(0.25 / 100 + 1.96^2 / 40000) = 0.5 +- 0.0962."""
     low, high = card.interval([0.0, 1.0] * 50)
-    assert low == pytest.approx(0.402, abs=0.011) and high == pytest.approx(0.598, abs=0.011)
-    assert card.interval([1.0, 1.0, 1.0]) == (1.0, 1.0)
+    assert low == pytest.approx(0.4038, abs=1e-4) and high == pytest.approx(0.5962, abs=1e-4)
+    assert card.interval([1.0, 1.0, 1.0]) == (pytest.approx(3 / (3 + 1.96**2), abs=1e-4), 1.0)
 
 
 def test_each_client_s_own_adapter_is_kept_when_asked_for(run):

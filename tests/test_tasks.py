@@ -111,14 +111,14 @@ def test_a_score_by_hand():
     scores = [task.score(text, row) for text in (" So\n#### 3", " 3 eggs", " #### 3, of 4", " 4")]
     assert [score["exact_match"] for score in scores] == [1, 0, 1, 0]
     assert [score["exact_match_flexible"] for score in scores] == [1, 1, 0, 0]
-    assert task.summary(scores) == {"exact_match": 0.5, "exact_match_flexible": 0.5}
+    assert task.summary(scores) == {"exact_match": 0.5, "exact_match_flexible": 0.5, "exact_match_published": 0.5}
     assert tuple(scores[0]) == task.metrics
 
 
 def test_a_question_that_the_model_asks_itself_does_not_count():
     said = " 2 + 1 = 3\n#### 3\n\nQuestion: What is 5 + 5?\nAnswer: 10\n#### 10"
-    assert GSM8K().score(said, ROWS[2]) == {"exact_match": 1.0, "exact_match_flexible": 1.0}
-    assert GSM8K(stop=()).score(said, ROWS[2]) == {"exact_match": 1.0, "exact_match_flexible": 0.0}
+    assert list(GSM8K().score(said, ROWS[2]).values()) == [1.0, 1.0, 1.0]
+    assert list(GSM8K(stop=()).score(said, ROWS[2]).values()) == [1.0, 0.0, 1.0]
 
 
 def test_a_row_without_a_gold_number_is_never_scored():
@@ -134,6 +134,7 @@ def test_the_real_test_answers_score_all_points_against_themselves(gsm8k):
     assert task.summary([task.score(task.target(row), row) for row in rows]) == {
         "exact_match": 1.0,
         "exact_match_flexible": 1.0,
+        "exact_match_published": 1.0,
     }
     others = [*rows[1:], rows[0]]
     assert (

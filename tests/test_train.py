@@ -72,7 +72,7 @@ def test_a_run_writes_what_the_contract_says(straight):
         assert sum(row["weights"].values()) == pytest.approx(1)
         assert set(row["weights"]) == set(row["truncation_error"]) == {"c0", "c1", "c2", "c3"}
         assert row["bytes_down"] == sum(client["bytes_down"] for client in row["clients"].values())
-        assert set(row["eval"]) == {"loss", "exact_match", "exact_match_flexible"}
+        assert set(row["eval"]) == {"loss", "exact_match", "exact_match_flexible", "exact_match_published"}
     generated = [json.loads(line) for line in (straight / "eval/round_0004.jsonl").read_text().splitlines()]
     assert len(generated) == 4 and {"prompt", "generated", "target", "exact_match"} <= set(generated[0])
     names = [row["name"] for row in json.loads((straight / "summary.json").read_text())["rows"]]

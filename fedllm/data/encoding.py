@@ -33,6 +33,11 @@ def encode(tokenizer: Any, prompts: Sequence[str], completions: Sequence[str], m
     return [_labelled(head, whole, max_length) for head, whole in zip(heads, wholes, strict=True)]
 
 
+def without_loss(row: Encoded) -> Encoded:
+    """A row that has no completion to be scored: the end of sequence behind nothing is none."""
+    return Encoded(row.input_ids, [-100] * len(row.labels))
+
+
 def tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """The ids of each text, without the end of sequence that some tokenizers append: a prompt is to be continued."""
     ids = tokenizer(list(texts))["input_ids"]

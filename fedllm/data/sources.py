@@ -99,14 +99,17 @@ def hub(name: str, subset: str | None, revision: str | None, files: str | None =
     return {split: splits[split].to_list for split in SPLITS if split in splits}
 
 
-def choose(sources: Sources, split: Split, held_out: int, seed: int, where: str) -> list[Row]:
-    """The rows of a split. Where there is no test split, ``held_out`` training rows are it, and are not trained on.
+def choose(sources: Sources, split: Split, held_out: int, seed: int, where: str) -> tuple[list[int], list[Row]]:
+    """The rows of a split, and the number of each in its file, from 1.
+
+    Where there is no test split, ``held_out`` training rows are it, and are not trained on.
 
     Raises:
         FedError: no training rows, no test rows, or more held out than there are.
     """
     if split in sources and (split == "test" or "test" in sources or held_out == 0):
-        return sources[split]()
+        rows = sources[split]()
+        return list(range(1, len(rows) + 1)), rows
     if "train" not in sources:
         raise FedError(f"{where} has only test rows. Give the folder that has train.jsonl too.")
     if split == "test" and held_out == 0:
@@ -121,7 +124,7 @@ def choose(sources: Sources, split: Split, held_out: int, seed: int, where: str)
         )
     kept = _lots(rows, seed)[:held_out]
     chosen = sorted(kept) if split == "test" else sorted(set(range(len(rows))) - set(kept))
-    return [rows[i] for i in chosen]
+    return [i + 1 for i in chosen], [rows[i] for i in chosen]
 
 
 def label(row: Row, column: str) -> str | int:

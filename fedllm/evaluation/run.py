@@ -26,7 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fedllm.data.encoding import encode, tokens
+from fedllm.data.encoding import encode, tokens, without_loss
 from fedllm.errors import FedError
 from fedllm.evaluation.batches import (
     chosen,
@@ -86,6 +86,10 @@ def evaluate(task_name: str | None, arguments: Sequence[str]) -> Path:
     out = Path(settings.output) if settings.output else default_output(settings, task_name)
     prepare(out, receipts, settings.overwrite, processes)
     encoded = encode(tokenizer, [task.prompt(r) for r in rows], [task.target(r) for r in rows], settings.max_length)
+    encoded = [
+        one if task.target(row) or not task.runs_code else without_loss(one)
+        for one, row in zip(encoded, rows, strict=True)
+    ]
     prompts = tokens(tokenizer, [task.prompt(row) for row in rows])
     plan = planned(settings, [len(ids) for ids in prompts], encoded)
     before = done_before(out)
@@ -145,4 +149,8 @@ def show(task: str, result: Mapping[str, Any], out: Path) -> None:
         table.add_row(name, f"{found['value']:.4f}", f"{found['low']:.4f} to {found['high']:.4f}", str(found["rows"]))
     console = Console()
     console.print(table)
+    cut = result.get("cut", {})
+    if cut.get("answers"):
+        limit = result["settings"]["generation"]["max_new_tokens"]
+        console.print(f"{cut['answers']} of {cut['of']} answers were cut off at max_new_tokens={limit}.")
     console.print(f"[dim]{out / 'result.json'}[/dim]", soft_wrap=True)

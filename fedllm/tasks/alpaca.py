@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from fedllm.config.types import Whole
 from fedllm.data import sources as corpus
 from fedllm.data.sources import Row, Sources
+from fedllm.tasks.rouge import RougeTokenizer, rouge_l
 from fedllm.tasks.task import Task
 
 ALONE = (
@@ -23,34 +23,25 @@ BESIDE = (
 )
 
 
-def rouge_l(generated: str, target: str) -> float:
-    """Rouge-L F of two texts, from 0 to 1 (Lin, 2004), by ``rouge_score``: its tokens, no stemming."""
-    return float(_scorer().score(target, generated)["rougeL"].fmeasure)
-
-
-@cache
-def _scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeL"], use_stemmer=False)
-
-
 @dataclass(frozen=True)
 class Instructed(Task):
     """An instruction, further text that may be empty, and the answer. The score is Rouge-L F of the *generated* answer.
 
     Args:
         prompt_with_input: the prompt of a row whose further text is not empty.
+        rouge_tokenizer: what a word is, `fedllm.tasks.rouge`: of any script (``unicode``); ``a-z`` and ``0-9`` alone,
+            as published (``english``); between blanks (``blanks``).
     """
 
     prompt_template: str = ALONE
     prompt_with_input: str = BESIDE % "input"
     target_template: str = "{output}"
     stop: tuple[str, ...] = ("\n### ",)
+    rouge_tokenizer: RougeTokenizer = "unicode"
 
     columns: ClassVar[tuple[str, ...]] = ("instruction", "input", "output")
     metrics: ClassVar[tuple[str, ...]] = ("rouge_l",)
-    extraction: ClassVar[str] = "instructed/1: Rouge-L F, rouge_score without stemmer"
+    extraction: ClassVar[str] = "instructed/2: Rouge-L F, rouge_score without stemmer, words by rouge_tokenizer"
     templates: ClassVar[tuple[str, ...]] = ("prompt_template", "prompt_with_input", "target_template")
     further: ClassVar[str] = "input"
 
@@ -59,7 +50,7 @@ class Instructed(Task):
         return template.format_map(row)
 
     def score(self, generated: str, row: Row) -> dict[str, float]:
-        return {"rouge_l": rouge_l(self.answered(generated), self.target(row))}
+        return {"rouge_l": rouge_l(self.answered(generated), self.target(row), self.rouge_tokenizer)}
 
 
 @dataclass(frozen=True)

@@ -67,10 +67,10 @@ class Task:
         """
         where = f"data.path={path}" if path is not None else self._origin()
         sources = self._sources() if path is None else self._local(path)
-        found = corpus.choose(sources, split, self.held_out, self.held_out_seed, where)
+        numbers, found = corpus.choose(sources, split, self.held_out, self.held_out_seed, where)
         if not found:
             raise FedError(f"The {split} split of {where} is empty: there is nothing to {_USE[split]}.")
-        for number, row in enumerate(found, start=1):
+        for number, row in zip(numbers, found, strict=True):
             problem = self._missing(row) or self.problem(row)
             if problem:
                 raise FedError(f"{where}, {split} row {number}: {problem}")
