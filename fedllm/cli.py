@@ -69,9 +69,9 @@ def words(name: str, metavar: str, complete: bool = True) -> Callable[[Any], Any
 
 
 def quiet() -> None:
-    from fedllm.train import hush
+    from fedllm.models.libraries import quiet_libraries
 
-    hush()
+    quiet_libraries()
 
 
 @command.command(cls=RecipeCommand, context_settings=WORDS)
@@ -152,7 +152,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     if not arguments:
         raise FedError("what is to be scored? Give a run's folder, a PEFT folder, a model's folder or a Hub id.")
     named = not arguments[0].startswith("-") and (not arguments[0].partition("=")[1] or Path(arguments[0]).exists())
-    target = target_arguments(arguments[0]) if named else []
+    target = target_arguments(arguments[0], arguments[1:]) if named else []
     run(None, [*target, *spelled(["", *arguments[1:]])[1:]] if named else spelled(arguments))
     return 0
 
@@ -182,12 +182,16 @@ def tsne(run: Path, examples: int | None, seed: int) -> int:
 @command.command()
 @click.argument("run", type=FOLDER)
 @click.argument("overrides", nargs=-1, metavar="[a.b=c ...]")
-@click.option("--samples", type=int, multiple=True, default=(50, 500), help="Examples of each Hessian; may come again.")
+@click.option(
+    "--samples", type=int, multiple=True, default=(50, 500), metavar="N ...", help="Examples of each Hessian."
+)
 @click.option("--probes", type=int, default=60, help="Random vectors for the Frobenius norm.")
 def hessian(run: Path, overrides: Sequence[str], samples: Sequence[int], probes: int) -> int:
     """Measures the stable rank of the loss's Hessian where a network's run ended."""
     from fedllm.commands.hessian import write
 
+    more = [word for word in overrides if word.isdecimal()]
+    samples, overrides = (*samples, *map(int, more)), [word for word in overrides if word not in more]
     print(write(run, samples, probes, overrides).read_text())
     return 0
 

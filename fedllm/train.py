@@ -6,10 +6,8 @@ accelerate launch fedllm/train.py recipe=NAME [a.b=c ...]
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -43,7 +41,7 @@ from fedllm.fleets.processes import Processes, joined
 from fedllm.fleets.resumed import Waiting
 from fedllm.fleets.interrupt import once
 from fedllm.wire.serialization import canonical
-from fedllm.models.language import settle_network
+from fedllm.models.libraries import quiet_libraries
 from fedllm.federation.plan import show
 from fedllm.core import Display
 from fedllm.progress import Progress
@@ -57,7 +55,7 @@ PARALLEL: dict[str, Any] = {"clients": accelerate, "ddp": together, "fsdp": toge
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs it. 0: done; 2: something the user can mend, said in one sentence on stderr; 130: stopped by Ctrl-C."""
-    hush()
+    quiet_libraries()
     try:
         with joined() as processes:
             try:
@@ -75,14 +73,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fedllm: {str(error) or at_once}", file=sys.stderr)
         return 2 if isinstance(error, FedError) and not isinstance(error, Interrupted) else 130
     return 0
-
-
-def hush() -> None:
-    """Keeps the libraries' advice to their own developers off the screen, and their retries off a dead network."""
-    settle_network()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")
-    for library in ("transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets"):
-        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def _hand(recipe: recipes.Recipe) -> tuple[Algorithm, Worker]:

@@ -199,7 +199,9 @@ def test_vocabularies_must_be_one(tmp_path: Path) -> None:
     other = tokenizer(LanguageModel("pico"))
     other.add_tokens(["<more>"])
     other.save_pretrained(tmp_path)
-    config(LanguageModel("pico")).save_pretrained(tmp_path)
+    page = config(LanguageModel("pico"))
+    page.vocab_size += 1
+    page.save_pretrained(tmp_path)
     with pytest.raises(FedError, match=rf"{tmp_path} has another vocabulary than model.name=pico \(260 .* 259, 1 of"):
         planned(f"model.own=[pico,{tmp_path}]")
     assert len(common_tokenizer(LanguageModel(str(tmp_path), own=(str(tmp_path),)))) == 260

@@ -12,10 +12,10 @@ def show_plan(arguments: Sequence[str], as_json: bool) -> None:
 
     from fedllm.federation.build import build_federation
     from fedllm.federation.plan import show
+    from fedllm.models.libraries import quiet_libraries
     from fedllm.recipe import load
-    from fedllm.train import hush
 
-    hush()
+    quiet_libraries()
     recipe = load([*arguments, "run.plan=true"])
     planned = build_federation(recipe).plan()
     if as_json:

@@ -14,6 +14,7 @@ from fedllm.config.suggest import nearest
 from fedllm.config.types import Between, Count, NonNegative, Seed, SomeShare
 from fedllm.errors import FedError
 from fedllm.recipe import page as recipes
+from fedllm.storage.peft_folder import inside
 from fedllm.tasks import TEXTS
 from fedllm.tasks.code import HumanEval
 from fedllm.tasks.task import Task
@@ -117,14 +118,27 @@ def parse(task: str | None, arguments: Sequence[str]) -> tuple[Settings, str, re
     return settings, str(name), run
 
 
-def target_arguments(target: str) -> list[str]:
-    """``run=``, ``adapter=`` or ``model=``: which of them a path or id is."""
+def target_arguments(target: str, others: Sequence[str] = ()) -> list[str]:
+    """``run=``, ``adapter=`` or ``model=``: which of them a path or id is.
+
+    Args:
+        others: what else the line says; it may not name another subject of the same kind.
+    """
+    found = _target(target)
+    key = found.partition("=")[0]
+    again = next((other for other in others if other.startswith((f"{key}=", f"--{key}"))), None)
+    if again is not None:
+        raise FedError(f"{target} is what is scored ({found}), and {again} names another. Give one of them.")
+    return [found]
+
+
+def _target(target: str) -> str:
     path = Path(target)
     if target.startswith((".", "/", "~")) and not path.expanduser().exists():
         raise FedError(f"{target} is not there: give a run's folder, a PEFT folder, a model's folder or a Hub id.")
     if (path / "recipe.yaml").is_file():
-        return [f"run={target}"]
-    return [f"adapter={target}"] if (path / "adapter_config.json").is_file() else [f"model={target}"]
+        return f"run={target}"
+    return f"adapter={target}" if (inside(path) / "adapter_config.json").is_file() else f"model={target}"
 
 
 def default_output(settings: Settings, task: str) -> Path:

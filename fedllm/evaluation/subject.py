@@ -16,7 +16,9 @@ from fedllm.errors import FedError
 from fedllm.evaluation.settings import SCORED, Settings
 from fedllm.models import language
 from fedllm.models.language import LanguageModel
+from fedllm.models.peft_adapter import with_adapter
 from fedllm.recipe import page as recipes
+from fedllm.storage.peft_folder import inside
 from fedllm.tasks.task import Task
 
 
@@ -59,7 +61,7 @@ def subject_of(settings: Settings, run: recipes.Recipe | None) -> Subject:
         return Subject(run.model, found, run.run.seed)
     adapter, name = None, settings.model
     if settings.adapter is not None:
-        adapter = Path(settings.adapter)
+        adapter = inside(Path(settings.adapter))
         config = adapter / "adapter_config.json"
         if not config.is_file():
             raise FedError(f"adapter={adapter} is not a PEFT folder: there is no adapter_config.json in it.")
@@ -83,10 +85,4 @@ def loaded(subject: Subject) -> Any:
     model = language.load(subject.base, device, subject.seed)
     if subject.adapter is None:
         return model
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(model, str(subject.adapter)).eval()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FedError(f"adapter={subject.adapter} does not fit {subject.base.name}: {reason}") from error
+    return with_adapter(model, subject.adapter, subject.base.name)

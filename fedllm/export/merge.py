@@ -22,6 +22,7 @@ from fedllm.errors import FedError
 from fedllm.lowrank import LowRank
 from fedllm.models import language
 from fedllm.models.language import LanguageModel
+from fedllm.models.peft_adapter import with_adapter
 from fedllm.storage import peft_folder as adapters
 
 CPU = torch.device("cpu")
@@ -154,9 +155,7 @@ def logits(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
 @contextmanager
 def served(base: nn.Module, adapter: Path) -> Iterator[nn.Module]:
     """Base + adapter as plain PEFT serves them; afterwards the base is as it was."""
-    from peft import PeftModel
-
-    whole = PeftModel.from_pretrained(base, str(adapter)).eval()
+    whole = with_adapter(base, adapter, "the base model")
     yield whole
     whole.unload()
 

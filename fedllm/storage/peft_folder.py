@@ -37,7 +37,11 @@ _MAX_MATCHES = 10_000_000  # patterns x modules: seconds, not hours
 _DTYPES = ("BF16", "F16", "F32")
 
 _MODULE = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
-_KEY = re.compile(r"base_model\.model\.(?P<module>[^/]{1,256})\.lora_(?P<factor>[AB])\.weight")
+_PREFIX = "base_model.model."
+_KEY = re.compile(
+    r"base_model\.model\.(?P<module>[^/]{1,256}?)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[A-Za-z0-9_-]{1,64}))?\.weight"
+)
+"""A state dict saved by hand names its adapter too: ``...lora_A.default.weight``."""
 
 _ANY_VALUE = frozenset(
     [
@@ -86,7 +90,7 @@ def read(folder: Path, *, max_bytes: int = 8 << 30) -> Adapter:
     Raises:
         FedError: where the folder is not a LoRA adapter that ``B A`` expresses, or is damaged; names the file.
     """
-    folder = Path(folder)
+    folder = inside(Path(folder))
     try:
         config_file = _file(folder, CONFIG, _MAX_CONFIG)
         weights_file = _file(folder, WEIGHTS, max_bytes)
@@ -162,6 +166,20 @@ def check_free(folder: Path, *, overwrite: bool = False) -> None:
     if foreign or CONFIG not in entries:
         found = f"it holds {foreign[0]}" if foreign else f"there is no {CONFIG} in it"
         raise FedError(f"only a folder with nothing but an adapter is overwritten, and {folder} is not: {found}.")
+
+
+def inside(folder: Path) -> Path:
+    """The folder of the adapter's own name, one deeper, where PEFT saved one that is not called ``default``.
+
+    Raises:
+        FedError: where there are several.
+    """
+    if (folder / CONFIG).is_file():
+        return folder
+    found = sorted(x.parent for x in folder.glob(f"*/{CONFIG}") if not x.parent.is_symlink())
+    if len(found) > 1:
+        raise FedError(f"{folder} holds several adapters: {', '.join(x.name for x in found)}. Give one of them.")
+    return found[0] if found else folder
 
 
 def _file(folder: Path, name: str, limit: int) -> Path:
@@ -294,18 +312,25 @@ def _updates(path: Path, config: Mapping[str, Any]) -> dict[str, LowRank]:
         raise FedError(f"{path} is damaged: its header claims {header} bytes, and at most {_MAX_HEADER} are read.")
     try:
         with safe_open(path, framework="pt", device="cpu") as tensors:  # checks shapes against the file's size
-            shapes = _shapes(path, tensors)
+            shapes, names = _shapes(path, tensors)
             scales = _scales(path, shapes, config)
-            return {module: _product(path, tensors, module, scale) for module, scale in scales.items()}
+            return {module: _product(path, tensors, module, names, scale) for module, scale in scales.items()}
     except SafetensorError as error:
         raise FedError(f"{path} is not a whole safetensors file: {_line(error)}.") from error
 
 
-def _shapes(path: Path, tensors: Any) -> dict[str, dict[str, tuple[int, ...]]]:
-    """``{module: {"A": shape, "B": shape}}`` from the header alone."""
+def _shapes(path: Path, tensors: Any) -> tuple[dict[str, dict[str, tuple[int, ...]]], dict[tuple[str, str], str]]:
+    """``{module: {"A": shape, "B": shape}}`` and ``{(module, "A"): name in the file}``, from the header alone."""
+    names = {}
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    adapters: set[str | None] = set()
     for key in sorted(tensors.keys()):
         match = _KEY.fullmatch(key)
+        if match is None and not key.startswith(_PREFIX) and _KEY.fullmatch(_PREFIX + key):
+            raise FedError(
+                f"{path} has the tensor {_short(key)}, and PEFT's names begin with {_PREFIX!r}: save the adapter with "
+                "save_pretrained, or PEFT applies none of it."
+            )
         if match is None or not _MODULE.fullmatch(match["module"]):
             raise FedError(
                 f"{path} has the tensor {_short(key)}, and only base_model.model.MODULE.lora_A.weight and lora_B.weight"
@@ -317,10 +342,16 @@ def _shapes(path: Path, tensors: Any) -> dict[str, dict[str, tuple[int, ...]]]:
         shape = tuple(view.get_shape())
         if len(shape) != 2 or min(shape) < 1:
             raise FedError(f"{path}: {_short(key)} has the shape {list(shape)[:8]}, and a factor is a matrix.")
+        adapters.add(match["adapter"])
+        names[match["module"], match["factor"]] = key
         shapes.setdefault(match["module"], {})[match["factor"]] = shape
+    if len(adapters) > 1:
+        raise FedError(
+            f"{path} holds several adapters ({', '.join(sorted(map(str, adapters)))}): save one of them alone."
+        )
     if not shapes:
         raise FedError(f"{path} holds no tensor: there is nothing to aggregate.")
-    return shapes
+    return shapes, names
 
 
 def _scales(
@@ -342,10 +373,10 @@ def _scales(
     return scales
 
 
-def _product(path: Path, tensors: Any, module: str, scale: float) -> LowRank:
+def _product(path: Path, tensors: Any, module: str, names: Mapping[tuple[str, str], str], scale: float) -> LowRank:
     factors = {}
     for factor in "BA":
-        key = f"base_model.model.{module}.lora_{factor}.weight"
+        key = names[module, factor]
         tensor = tensors.get_tensor(key)
         if not bool(torch.isfinite(tensor).all()):
             raise FedError(f"{path}: {key} holds NaN or infinite values: the training diverged, leave it out.")
