@@ -129,6 +129,14 @@ class LowRank:
         return self.balanced().leading(r)
 
 
+def dominant(W: LowRank, share: float) -> LowRank:
+    """The fewest leading columns of a balanced ``W`` that hold ``share`` of its squared norm; for 1, all of them."""
+    energy = _terms(W).square().cumsum(0)  # (r,)
+    if share >= 1 or not len(energy):
+        return W
+    return W.leading(int((energy < share * energy[-1]).sum()) + 1)
+
+
 def _factors(matrix: LowRank) -> tuple[Tensor, Tensor]:
     """B and A in the one dtype that they are computed in."""
     B, A = _compute(matrix.B), _compute(matrix.A)

@@ -38,6 +38,33 @@ def mean_factors(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRan
     return LowRank(mean([u.B for u in updates], weights), mean([u.A for u in updates], weights))
 
 
+def mean_columns(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    """Column j of B and row j of A, each the mean over those that have it: ``sum_(r_i >= j) (p_i / P_j) b_ij``."""
+    held = _held(updates, weights)
+    total = mean_factors([pad(update, len(held)) for update in updates], weights)
+    return LowRank(total.B / held.to(total.B), total.A / held.to(total.A)[:, None])
+
+
+def mean_directions(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    """``sum_j sum_(r_i >= j) (p_i / P_j) b_ij a_ij``, a stack: each direction is the mean over its owners."""
+    held = _held(updates, weights)
+    scaled = [
+        LowRank(
+            (update * weight).B / held[: update.rank].to(torch.promote_types(update.B.dtype, torch.float32)), update.A
+        )
+        for update, weight in zip(updates, weights, strict=True)
+    ]
+    return mean_products(scaled, [1.0] * len(scaled))
+
+
+def _held(updates: Sequence[LowRank], weights: Sequence[float]) -> Tensor:
+    """``P_j``, the weight of all whose rank is at least j: ``(r_max,)``, float64."""
+    held = torch.zeros(max(update.rank for update in updates), dtype=torch.float64)
+    for update, weight in zip(updates, weights, strict=True):
+        held[: update.rank] += weight
+    return held
+
+
 def mean_values(values: Sequence[Tensor | LowRank], weights: Sequence[float]) -> Tensor | LowRank:
     """Of what clients return under one name: the mean of factors, or of tensors; of counters the first one's."""
     first = values[0]

@@ -122,6 +122,40 @@ def by_products(paths: Sequence[Path], samples: Sequence[int], before: Path | No
     }
 
 
+def held(clients: Sequence[Any], name: str, samples: Sequence[int]) -> NDArray[np.float64]:
+    """Column j of client i has share ``n_i`` over the sum of those that have a column j: (clients, columns)."""
+    has = np.arange(99)[None] < np.array([[client[name][0].shape[1]] for client in clients])
+    counts = has * np.array(samples, float)[:, None]
+    return counts / np.maximum(counts.sum(0), 1e-300)
+
+
+def by_columns(paths: Sequence[Path], samples: Sequence[int]) -> Dense:
+    """RBLA."""
+    clients, out = [factors(path) for path in paths], {}
+    for name, (B, A) in clients[0].items():
+        r = max(client[name][0].shape[1] for client in clients)
+        meanB, meanA = np.zeros((len(B), r)), np.zeros((r, A.shape[1]))
+        for client, p in zip(clients, held(clients, name, samples), strict=True):
+            for j in range(client[name][0].shape[1]):
+                meanB[:, j] += p[j] * client[name][0][:, j]
+                meanA[j] += p[j] * client[name][1][j]
+        out[name] = meanB @ meanA
+    return out
+
+
+def by_directions(paths: Sequence[Path], samples: Sequence[int]) -> Dense:
+    """The sum that raFLoRA serves."""
+    clients, out = [factors(path) for path in paths], {}
+    for name in clients[0]:
+        pairs = zip(clients, held(clients, name, samples), strict=True)
+        out[name] = sum(
+            p[j] * np.outer(client[name][0][:, j], client[name][1][j])
+            for client, p in pairs
+            for j in range(client[name][0].shape[1])
+        )
+    return out
+
+
 def fedhl(paths: Sequence[Path], before: Path | None, epsilon: float = 1e-6, temperature: float | None = 1.0) -> Dense:
     """Equations 8 and 15 and the smoothing of section VI.A, one weight a client for the whole model."""
     clients = [factors(path) for path in paths]
@@ -187,16 +221,27 @@ CASES: dict[str, list[tuple[str, list[str], str | None, Any]]] = {
         ("mixed", ["--temperature", "0.1", "--epsilon", "0.5"], "wide", lambda p, n, g: fedhl(p, g, 0.5, 0.1)),
         ("equal", ["--temperature", "null"], "wide", lambda p, n, g: fedhl(p, g, temperature=None)),
     ],
+    **{rule: [("equal", [], None, by_products)] for rule in ("fedex_lora", "fedmomentum")},
+    "florist": [("mixed", ["--set", "threshold=1.0"], None, by_products)],
+    "rbla": [("mixed", [], None, by_columns)],
+    "raflora": [("mixed", [], None, by_directions)],
 }
 
 
 def test_no_rule_is_left_out() -> None:
-    assert LOW_RANK.keys() - CASES.keys() == {"mfedloru"}, "see the next test"
+    assert LOW_RANK.keys() - CASES.keys() == PARTS.keys(), "see the next test"
 
 
-def test_a_rule_whose_clients_return_no_adapters_says_so(folders: dict[str, list[Path]], tmp_path: Path) -> None:
-    with pytest.raises(FedError, match="MFedLoRU return other things than adapters"):
-        aggregate("mfedloru", folders["equal"], tmp_path / "out")
+PARTS = {"mfedloru": "MFedLoRU", "ffa_lora": "FFALoRA", "rolora": "RoLoRA", "fedsvd": "FedSVD"}
+"""Rules whose clients return a part of an adapter, or factors of one."""
+
+
+@pytest.mark.parametrize(("rule", "name"), PARTS.items())
+def test_a_rule_whose_clients_return_no_adapters_says_so(
+    rule: str, name: str, folders: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    with pytest.raises(FedError, match=f"{name} return other things than adapters"):
+        aggregate(rule, folders["equal"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -243,9 +288,10 @@ def test_a_rank_makes_it_the_best_approximation(
     """16 is v_proj's own height, and more than what some rules return: the written rank is 16 all the same."""
     paths = folders["equal"]
     whole = {"fedhl": lambda: fedhl(paths, None), "fedit": lambda: by_factors(paths, SAMPLES)}
-    whole |= dict.fromkeys(("zero_padding", "fedlora_avg", "fedloru", "pfedloru"), whole["fedit"])
+    whole |= dict.fromkeys(("zero_padding", "fedlora_avg", "fedloru", "pfedloru", "rbla"), whole["fedit"])
     dense = whole.get(rule, lambda: by_products(paths, SAMPLES))()
-    aggregate(rule, paths, tmp_path / "out", samples=SAMPLES, rank=rank)
+    options = {"threshold": 1.0} if rule == "florist" else {}
+    aggregate(rule, paths, tmp_path / "out", samples=SAMPLES, rank=rank, options=options)
     agrees(tmp_path / "out", {name: best(W, rank) for name, W in dense.items()}, base, recwarn)
     config = json.loads((tmp_path / "out" / CONFIG).read_text())
     assert (config["r"], config["rank_pattern"]) == (rank, {})
@@ -365,7 +411,7 @@ def test_commands_that_cannot_work(folders: dict[str, list[Path]], tmp_path: Pat
     to = ["--out", out]
     cases: list[tuple[list[Any], str]] = [
         (["fedlh", *mixed, *to], "Did you mean fedhl?"),
-        (["xyzzy", *mixed, *to], "Valid: fedhl, fedit, fedlora_avg"),
+        (["xyzzy", *mixed, *to], "Valid: fedex_lora, fedhl, fedit"),
         (["fedit", *mixed, *to], "[2, 4, 7]"),
         (["fedit", *folders["equal"], *to, "--global", folders["wide"][0]], "rank 9 does not fit into rank 4"),
         (["flexlora", *mixed, *to, "--epsilon", "0.1"], "flexlora has no option 'epsilon': it belongs to fedhl"),

@@ -18,6 +18,7 @@ from fedllm.algorithms.lora.fedit import FedIT
 from fedllm.algorithms.lora.fedloru import FedLoRU
 from fedllm.algorithms.lora.flexlora import FlexLoRA
 from fedllm.algorithms.lora.flora import FLoRA
+from fedllm.algorithms.lora.florist import FLoRIST
 from fedllm.algorithms.lora.mfedloru import MFedLoRU
 from fedllm.algorithms.lora.zero_padding import ZeroPadding
 from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors
@@ -262,8 +263,11 @@ def test_6_fedhl_within_the_clients_rank_is_flexlora(rule: FedHL) -> None:
 # --- laws over the whole table
 
 
-@EVERY
+@pytest.mark.parametrize(
+    "rule", [replace(r, threshold=1.0) if isinstance(r, FLoRIST) else r for r in RULES.values()], ids=list(RULES)
+)
 def test_identical_clients_average_to_themselves(rule: Algorithm) -> None:
+    """FLoRIST where it cuts nothing."""
     clients = [replace(client, rank=4) for client in MIXED]
     start = rule.init(model(), clients)
     replies = asked(rule, start, clients, lambda c, n, s: product(c.rank, s.shape, n))
@@ -354,8 +358,17 @@ SENT: dict[str, Callable[[LowRank, int], Matrix]] = {
     "fedloru": lambda W, r: 0 * dense(W),  # likewise, W to be remembered
     "pfedloru": lambda W, r: 0 * dense(W),
     "mfedloru": lambda W, r: 0 * dense(W),
+    "ffa_lora": lambda W, r: dense(W),
+    "rolora": lambda W, r: dense(W),
+    "fedsvd": lambda W, r: dense(W),
+    "fedex_lora": lambda W, r: 0 * dense(W),  # likewise frozen
+    "fedmomentum": lambda W, r: 0 * dense(W),
+    "rbla": lambda W, r: dense(W.leading(r)),
+    "raflora": lambda W, r: best(dense(W), r),
+    "florist": lambda W, r: 0 * dense(W),
 }
 FROZEN = {"flora": "frozen", "fedloru": "W", "pfedloru": "W", "mfedloru": "W"}
+FROZEN |= dict.fromkeys(("fedex_lora", "fedmomentum", "florist"), "frozen")
 HELD = {name: (lambda W, r: dense(W)) if name in FROZEN else sent for name, sent in SENT.items()}
 """What a client works on: what it was sent, and what it was sent frozen."""
 

@@ -1,12 +1,20 @@
 """One file per paper, and the table of them."""
 
+from fedllm.algorithms.lora.fedex_lora import FedExLoRA
 from fedllm.algorithms.lora.fedhl import FedHL
 from fedllm.algorithms.lora.fedit import FedIT
 from fedllm.algorithms.lora.fedloru import FedLoRAAvg, FedLoRU
+from fedllm.algorithms.lora.fedmomentum import FedMomentum
+from fedllm.algorithms.lora.fedsvd import FedSVD
+from fedllm.algorithms.lora.ffa_lora import FFALoRA
 from fedllm.algorithms.lora.flexlora import FlexLoRA
 from fedllm.algorithms.lora.flora import FLoRA
+from fedllm.algorithms.lora.florist import FLoRIST
 from fedllm.algorithms.lora.mfedloru import MFedLoRU
 from fedllm.algorithms.lora.pfedloru import PFedLoRU
+from fedllm.algorithms.lora.raflora import RaFLoRA
+from fedllm.algorithms.lora.rbla import RBLA
+from fedllm.algorithms.lora.rolora import RoLoRA
 from fedllm.algorithms.lora.zero_padding import ZeroPadding
 from fedllm.algorithms.networks.depthfl import DepthFL
 from fedllm.algorithms.networks.fedavg import FedAvg
@@ -37,6 +45,14 @@ LOW_RANK: dict[str, type[Algorithm]] = {
     "fedloru": FedLoRU,
     "pfedloru": PFedLoRU,
     "mfedloru": MFedLoRU,
+    "ffa_lora": FFALoRA,
+    "rolora": RoLoRA,
+    "fedsvd": FedSVD,
+    "fedex_lora": FedExLoRA,
+    "fedmomentum": FedMomentum,
+    "rbla": RBLA,
+    "raflora": RaFLoRA,
+    "florist": FLoRIST,
 }
 """Rules on low-rank updates of a frozen model."""
 

@@ -44,9 +44,13 @@ class FlexLoRA(Algorithm):
         weights = [p[reply.client.id] for reply in replies]
         after, r_max = {"r_max": state["r_max"]}, int(state["r_max"])
         for name in names_of(replies):
-            W = mean_products([reply.returned[name] for reply in replies], weights)
+            W = self.averaged([reply.returned[name] for reply in replies], weights, state[f"top/{name}"])
             after |= kept(name, settle(W, r_max, state[f"top/{name}"]), r_max)
         return after
+
+    def averaged(self, updates: Sequence[LowRank], weights: Sequence[float], top: LowRank) -> LowRank:
+        """The next W of one module, of which ``top`` was the best approximation of rank ``r_max``."""
+        return mean_products(updates, weights)
 
     def served(self, state: Tensors) -> Tensors:
         return within("W", state)

@@ -37,9 +37,13 @@ class FLoRA(Algorithm):
         p = self.shares(state, replies)
         weights = [p[reply.client.id] for reply in replies]
         return {
-            name: cheapest(plus(state[name], mean_products([reply.returned[name] for reply in replies], weights)))
+            name: cheapest(plus(state[name], self.increment([reply.returned[name] for reply in replies], weights)))
             for name in names_of(replies)
         }
+
+    def increment(self, updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+        """What a round adds to one module."""
+        return mean_products(updates, weights)
 
     def personal(self, reply: Reply, memory: Tensors) -> Tensors:
         frozen = within("frozen", reply.sent)

@@ -13,8 +13,23 @@ from fedllm.mean import mean_factors, pad
 
 
 @dataclass(frozen=True)
-class ZeroPadding(FedIT):
-    """FedIT for mixed ranks: client i trains the first ``r_i`` columns of B and rows of A.
+class LeadingColumns(FedIT):
+    """FedIT's state for mixed ranks: client i trains the first ``r_i`` columns of B and rows of A."""
+
+    def validate(self, clients: Sequence[Client]) -> None:
+        """Any mix of ranks will do."""
+
+    def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
+        return {name: fill(W.leading(client.rank), client.rank, rnd.rng("fresh", name)) for name, W in state.items()}
+
+    def truncated(self, state: Tensors, client: Client) -> float:
+        lost = [LowRank(W.B[:, client.rank :], W.A[client.rank :]).norm() for W in state.values()]
+        return sum(error**2 for error in lost) ** 0.5
+
+
+@dataclass(frozen=True)
+class ZeroPadding(LeadingColumns):
+    """Factors are padded with zeros to the largest rank of the cohort, then averaged as FedIT does.
 
     Args:
         weights: ``fedavg`` for ``p_i = n_i / n``; ``norm`` for HetLoRA's, proportional to ``|| M_i ||_F`` over
@@ -24,12 +39,6 @@ class ZeroPadding(FedIT):
     """
 
     weights: Literal["fedavg", "norm"] = "fedavg"
-
-    def validate(self, clients: Sequence[Client]) -> None:
-        """Any mix of ranks will do."""
-
-    def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
-        return {name: fill(W.leading(client.rank), client.rank, rnd.rng("fresh", name)) for name, W in state.items()}
 
     def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
         p = self.shares(state, replies)
@@ -49,7 +58,3 @@ class ZeroPadding(FedIT):
         if total == 0.0:  # nobody moved: every share is as good as another
             return {client: 1 / len(norms) for client in norms}
         return {client: norm / total for client, norm in norms.items()}
-
-    def truncated(self, state: Tensors, client: Client) -> float:
-        lost = [LowRank(W.B[:, client.rank :], W.A[client.rank :]).norm() for W in state.values()]
-        return sum(error**2 for error in lost) ** 0.5

@@ -1,0 +1,29 @@
+"""RBLA (Chen, Tavallaie, Nazemi, Zomaya, ICWS 2024): a column of B, row of A is averaged over those that have it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedllm.algorithms.lora.zero_padding import LeadingColumns
+from fedllm.core import Reply, Round, Tensors
+from fedllm.lowrank import LowRank
+from fedllm.mean import mean_columns
+
+
+@dataclass(frozen=True)
+class RBLA(LeadingColumns):
+    """``b_j = sum_(r_i >= j) (n_i / N_j) b_ij`` with ``N_j = sum_(r_i >= j) n_i``, and ``a_j`` likewise.
+
+    Where nobody of the cohort holds column j, it stays as it was.
+    """
+
+    def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
+        p = self.shares(state, replies)
+        weights = [p[reply.client.id] for reply in replies]
+        after = {}
+        for name, W in state.items():
+            mean = mean_columns([reply.returned[name] for reply in replies], weights)
+            kept = LowRank(W.B[:, mean.rank :], W.A[mean.rank :])
+            after[name] = mean + kept
+        return after

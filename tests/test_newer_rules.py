@@ -1,0 +1,460 @@
+"""The newer rules on low-rank updates: numbers by hand, reductions, and three rounds written again from the papers.
+
+The second writing shares no code with the rules: float64, dense products, gradients by formula, plain torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedllm.algorithms.lora.fedex_lora import FedExLoRA
+from fedllm.algorithms.lora.fedit import FedIT
+from fedllm.algorithms.lora.fedmomentum import FedMomentum
+from fedllm.algorithms.lora.fedsvd import FedSVD
+from fedllm.algorithms.lora.ffa_lora import FFALoRA
+from fedllm.algorithms.lora.flexlora import FlexLoRA
+from fedllm.algorithms.lora.flora import FLoRA
+from fedllm.algorithms.lora.florist import FLoRIST
+from fedllm.algorithms.lora.raflora import RaFLoRA
+from fedllm.algorithms.lora.rbla import RBLA
+from fedllm.algorithms.lora.rolora import RoLoRA
+from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors
+from fedllm.errors import FedError
+from fedllm.lowrank import LowRank
+
+D_OUT, D_IN, STEPS, RATE = 6, 5, 3, 0.2
+MIXED = [Client("a", 30, 2), Client("b", 10, 3), Client("c", 25, 4)]
+EQUAL = [replace(client, rank=3) for client in MIXED]
+
+
+# --- a linear model, trained by SGD: once as a worker with autograd, once by formula
+
+
+def rows_of(client: Client) -> tuple[Tensor, Tensor]:
+    """``X (n, d_in)`` and ``Y (n, d_out)``: a task of each client's own."""
+    generator = torch.Generator().manual_seed(client.num_samples)
+    X = torch.randn(client.num_samples, D_IN, generator=generator, dtype=torch.float64)
+    W = torch.randn(D_OUT, D_IN, generator=generator, dtype=torch.float64)
+    return X, X @ W.T
+
+
+def whole(W: Tensor | LowRank) -> Tensor:
+    return W.B.double() @ W.A.double() if isinstance(W, LowRank) else W.double()
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A worker for one matrix that is zero before anything is learned: SGD on half the squared error, all rows."""
+
+    client: Client
+    trained: list[str] = field(default_factory=list)
+
+    steps: int = STEPS
+
+    def train(
+        self,
+        adapter: Tensors,
+        memory: Tensors,
+        rnd: Round,
+        frozen: Tensors | None = None,
+        part: tuple[float, float] = (0.0, 1.0),
+        factors: str = "BA",
+        **others: Any,
+    ) -> Any:
+        assert not others
+        X, Y = rows_of(self.client)
+        base = whole((frozen or {}).get("w", torch.zeros(D_OUT, D_IN)))
+        B, A = (t.double().clone().requires_grad_() for t in (adapter["w"].B, adapter["w"].A))
+        for _ in range(round(part[1] * STEPS) - round(part[0] * STEPS)):
+            loss = 0.5 * (X @ (base + B @ A).T - Y).square().sum() / len(X)
+            moving = [t for name, t in (("B", B), ("A", A)) if name in factors]
+            for tensor, gradient in zip(moving, torch.autograd.grad(loss, moving), strict=True):
+                tensor.data -= RATE * gradient
+        self.trained.append(factors)
+        return {"w": LowRank(B.detach(), A.detach())}, {"moments": torch.ones(1)}, {"train_loss": 0.0}
+
+    def score(self, update: Tensors) -> dict[str, float]:
+        return {}
+
+
+def sgd(
+    client: Client, B: Tensor, A: Tensor, base: Tensor | float = 0.0, factors: str = "BA", steps: int = STEPS
+) -> tuple[Tensor, Tensor]:
+    """The same by formula: with ``G`` the gradient of the matrix, B's is ``G A^T`` and A's ``B^T G``."""
+    X, Y = rows_of(client)
+    for _ in range(steps):
+        G = (X @ (base + B @ A).T - Y).T @ X / len(X)
+        B, A = B - RATE * ("B" in factors) * G @ A.T, A - RATE * ("A" in factors) * B.T @ G
+    return B, A
+
+
+def drawn(r: int, rnd: Round) -> Tensor:
+    """A as PEFT draws it: uniform within the square root of 1 / d_in."""
+    return ((torch.rand(r, D_IN, generator=rnd.rng("fresh", "w")) * 2 - 1) * D_IN**-0.5).double()
+
+
+def ran(rule: Algorithm, clients: Sequence[Client], rounds: int = 3) -> list[Tensor]:
+    """What the rule serves after each round."""
+    rule.validate(clients)
+    state = rule.init(Model({"w": torch.empty(D_OUT, D_IN, device="meta")}), clients)
+    memories: dict[str, Tensors] = {client.id: {} for client in clients}
+    served = []
+    for index in range(1, rounds + 1):
+        rnd, replies = Round(index, seed=3, rounds=rounds), []
+        for client in clients:
+            sent = rule.download(state, client, rnd)
+            returned, memories[client.id], metrics = rule.local(Linear(client), sent, memories[client.id], rnd)
+            replies.append(Reply(client, sent, returned, metrics))
+        state = rule.aggregate(state, replies, rnd)
+        served.append(whole(rule.served(state)["w"]))
+    return served
+
+
+def shares(clients: Sequence[Client]) -> list[float]:
+    return [client.num_samples / sum(c.num_samples for c in clients) for client in clients]
+
+
+def mean(tensors: Sequence[Tensor]) -> Tensor:
+    """Of what EQUAL's clients return, or MIXED's, by their rows."""
+    return sum((p * t for p, t in zip(shares(EQUAL), tensors, strict=True)), torch.zeros(()))
+
+
+def best(W: Tensor, r: int) -> Tensor:
+    U, S, Vh = torch.linalg.svd(W)
+    return (U[:, :r] * S[:r]) @ Vh[:r]
+
+
+def balanced(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """``U sqrt(S)`` and ``sqrt(S) V^T``, each left vector's largest entry positive."""
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    sign = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()[0]
+    return (U * sign * S.sqrt())[:, :r], (S.sqrt()[:, None] * sign[:, None] * Vh)[:r]
+
+
+Again = Callable[[], list[Tensor]]
+AGAIN: dict[str, tuple[Algorithm, Sequence[Client], Again]] = {}
+
+
+def again(name: str, rule: Algorithm, clients: Sequence[Client]) -> Callable[[Again], Again]:
+    """Puts a second writing into the table."""
+
+    def add(written: Again) -> Again:
+        AGAIN[name] = (rule, clients, written)
+        return written
+
+    return add
+
+
+START = (torch.zeros(D_OUT, 3, dtype=torch.float64), drawn(3, Round(1, seed=3)))
+
+
+@again("ffa_lora", FFALoRA(), EQUAL)
+def ffa_lora() -> list[Tensor]:
+    B, A = START
+    served = []
+    for _ in range(3):
+        B = mean([sgd(client, B, A, factors="B")[0] for client in EQUAL])
+        served.append(B @ A)
+    return served
+
+
+@again("rolora", RoLoRA(), EQUAL)
+def rolora() -> list[Tensor]:
+    B, A = START
+    served = []
+    for t in (1, 2, 3):
+        if t % 2:
+            B = mean([sgd(client, B, A, factors="B")[0] for client in EQUAL])
+        else:
+            A = mean([sgd(client, B, A, factors="A")[1] for client in EQUAL])
+        served.append(B @ A)
+    return served
+
+
+@again("fedsvd", FedSVD(), EQUAL)
+def fedsvd() -> list[Tensor]:
+    B, A = START
+    served = []
+    for _ in range(3):
+        B = mean([sgd(client, B, A, factors="B")[0] for client in EQUAL])
+        served.append(B @ A)
+        U, S, Vh = torch.linalg.svd(B @ A, full_matrices=False)
+        B, A = (U * S)[:, :3], Vh[:3]
+    return served
+
+
+@again("fedex_lora", FedExLoRA(), EQUAL)
+def fedex_lora() -> list[Tensor]:
+    W, (B, A) = torch.zeros(D_OUT, D_IN, dtype=torch.float64), START
+    served = []
+    for _ in range(3):
+        returned = [sgd(client, B, A, W) for client in EQUAL]
+        B, A = mean([b for b, _ in returned]), mean([a for _, a in returned])
+        served.append(W + mean([b @ a for b, a in returned]))
+        W = served[-1] - B @ A
+    return served
+
+
+@again("fedmomentum", FedMomentum(energy=0.999), EQUAL)
+def fedmomentum() -> list[Tensor]:
+    W, (B, A) = torch.zeros(D_OUT, D_IN, dtype=torch.float64), START
+    served = []
+    for _ in range(3):
+        M = mean([b @ a for b, a in (sgd(client, B, A, W) for client in EQUAL)])
+        S2 = torch.linalg.svdvals(M) ** 2
+        q = next(k for k in range(1, 6) if S2[:k].sum() >= 0.999 * S2.sum())
+        B, A = balanced(M, 3)
+        W = W + best(M, max(q, 3)) - best(M, 3)
+        served.append(W + B @ A)
+    return served
+
+
+@again("florist", FLoRIST(threshold=0.9), MIXED)
+def florist() -> list[Tensor]:
+    W = torch.zeros(D_OUT, D_IN, dtype=torch.float64)
+    served = []
+    for t in (1, 2, 3):
+        fresh = [(torch.zeros(D_OUT, c.rank, dtype=torch.float64), drawn(c.rank, Round(t, seed=3))) for c in MIXED]
+        S = mean([b @ a for b, a in (sgd(c, *start, W) for c, start in zip(MIXED, fresh, strict=True))])
+        S2 = torch.linalg.svdvals(S) ** 2
+        W = W + best(S, next(k for k in range(1, 6) if S2[:k].sum() >= 0.9 * S2.sum()))
+        served.append(W)
+    return served
+
+
+def column_mean(columns: dict[Client, Tensor]) -> Tensor:
+    return sum(c.num_samples * column for c, column in columns.items()) / sum(c.num_samples for c in columns)  # type: ignore[return-value]
+
+
+@again("rbla", RBLA(), MIXED)
+def rbla() -> list[Tensor]:
+    B, A = torch.zeros(D_OUT, 4, dtype=torch.float64), drawn(4, Round(1, seed=3))
+    served = []
+    for _ in range(3):
+        returned = {c: sgd(c, B[:, : c.rank], A[: c.rank]) for c in MIXED}
+        for j in range(4):
+            B[:, j] = column_mean({c: b[:, j] for c, (b, _) in returned.items() if c.rank > j})
+            A[j] = column_mean({c: a[j] for c, (_, a) in returned.items() if c.rank > j})
+        served.append(B @ A)
+    return served
+
+
+@again("raflora", RaFLoRA(), MIXED)
+def raflora() -> list[Tensor]:
+    B, A = torch.zeros(D_OUT, 4, dtype=torch.float64), drawn(4, Round(1, seed=3))
+    served = []
+    for _ in range(3):
+        returned = {c: sgd(c, B[:, : c.rank], A[: c.rank]) for c in MIXED}
+        W = torch.zeros(D_OUT, D_IN, dtype=torch.float64)
+        for j in range(4):
+            W += column_mean({c: torch.outer(b[:, j], a[j]) for c, (b, a) in returned.items() if c.rank > j})
+        B, A = balanced(W, 4)
+        served.append(W)
+    return served
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_three_rounds_are_those_of_the_paper_s_equations(name: str) -> None:
+    rule, clients, written = AGAIN[name]
+    given, wanted = ran(rule, clients), written()
+    for index in range(3):
+        assert (given[index] - wanted[index]).norm() <= 1e-9 * wanted[index].norm(), f"round {index + 1}"
+    assert (wanted[2] - wanted[1]).norm() > 1e-2 * wanted[2].norm(), "a round must show"
+
+
+# --- numbers by hand, of one round on a 2 x 2 weight
+
+
+def outer(b: Sequence[float], a: Sequence[float]) -> LowRank:
+    return LowRank(torch.tensor([b]).T, torch.tensor([a]))
+
+
+def tensor(rows: Sequence[Sequence[float]]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def replied(rule: Algorithm, state: Tensors, client: Client, returned: Tensors, rnd: Round) -> Reply:
+    return Reply(client, rule.download(state, client, rnd), returned)
+
+
+def by_hand(rule: Algorithm, returned: Sequence[LowRank], samples: Sequence[int]) -> tuple[Tensors, Tensor]:
+    """The state, and what is served of it, after one round in which these products came back."""
+    clients = [Client(str(i), n, M.rank) for i, (n, M) in enumerate(zip(samples, returned, strict=True))]
+    state = rule.init(Model({"w": torch.empty(2, 2, device="meta")}), clients)
+    rnd = Round(1, seed=0)
+    replies = [replied(rule, state, c, {"w": M}, rnd) for c, M in zip(clients, returned, strict=True)]
+    after = rule.aggregate(state, replies, rnd)
+    return after, whole(rule.served(after)["w"]).float()
+
+
+FIRST, SECOND = outer([4.0, 0.0], [1.0, 0.0]), outer([0.0, 8.0], [0.0, 1.0])
+"""With 3 and 1 rows: B = (3, 2), A = (.75, .25), and the products' mean is diag(3, 2)."""
+
+
+def near(given: Tensor, wanted: Sequence[Sequence[float]]) -> None:
+    torch.testing.assert_close(given.float(), tensor(wanted), rtol=1e-5, atol=1e-5)
+
+
+def one_factor_by_hand(
+    rule: Algorithm, state: Tensors, factor: str, values: Sequence[Sequence[float]], index: int
+) -> Tensors:
+    """The state after a round in which clients with 3 rows and 1 row return these values of one factor."""
+    clients = [Client("0", 3, 1), Client("1", 1, 1)]
+    rnd = Round(index, seed=0)
+    shaped = [torch.tensor([v]).T if factor == "B" else torch.tensor([v]) for v in values]
+    replies = [replied(rule, state, c, {f"{factor}/w": v}, rnd) for c, v in zip(clients, shaped, strict=True)]
+    return rule.aggregate(state, replies, rnd)
+
+
+def test_ffa_lora_by_hand() -> None:
+    """n = 3 and 1; B = (4, 0) and (0, 8), A = (1, 10): 3/4 (4, 0) + 1/4 (0, 8) = (3, 2), served [[3, 30], [2, 20]]."""
+    rule = FFALoRA()
+    state = one_factor_by_hand(rule, {"w": outer([0.0, 0.0], [1.0, 10.0])}, "B", [(4.0, 0.0), (0.0, 8.0)], 1)
+    near(whole(rule.served(state)["w"]), [[3, 30], [2, 20]])
+
+
+def test_rolora_by_hand() -> None:
+    """Then A_1 = (5, 10) and A_2 = (1, 30): A = (4, 15), served (3, 2)^T (4, 15)."""
+    rule = RoLoRA()
+    state = one_factor_by_hand(rule, {"w": outer([0.0, 0.0], [1.0, 10.0])}, "B", [(4.0, 0.0), (0.0, 8.0)], 1)
+    near(whole(rule.served(state)["w"]), [[3, 30], [2, 20]])
+    state = one_factor_by_hand(rule, state, "A", [(5.0, 10.0), (1.0, 30.0)], 2)
+    near(whole(rule.served(state)["w"]), [[12, 45], [8, 30]])
+
+
+def test_fedsvd_by_hand() -> None:
+    """B = (3, 4), A = (0, 2): the product [[0, 6], [0, 8]] has S = 10, so B = (6, 8) and A = (0, 1)."""
+    state = one_factor_by_hand(FedSVD(), {"w": outer([0.0, 0.0], [0.0, 2.0])}, "B", [(3.0, 4.0), (3.0, 4.0)], 1)
+    near(state["w"].B, [[6], [8]])
+    near(state["w"].A, [[0, 1]])
+
+
+def test_fedex_lora_by_hand() -> None:
+    """B A = [[2.25, .75], [1.5, .5]] beside the mean diag(3, 2): E = 3/16 (4, -8)^T (1, -1)."""
+    state, served = by_hand(FedExLoRA(), [FIRST, SECOND], [3, 1])
+    near(whole(state["adapter/w"]), [[2.25, 0.75], [1.5, 0.5]])
+    near(whole(state["W/w"]), [[0.75, -0.75], [-1.5, 1.5]])
+    near(served, [[3, 0], [0, 2]])
+
+
+def test_fedmomentum_by_hand() -> None:
+    """Squared singular values 9 and 4: the adapter is 3 e1 e1^T, and 2 e2 e2^T joins W unless 9/13 = .692 is enough."""
+    state, served = by_hand(FedMomentum(), [FIRST, SECOND], [3, 1])
+    near(whole(state["adapter/w"]), [[3, 0], [0, 0]])
+    near(whole(state["W/w"]), [[0, 0], [0, 2]])
+    near(served, [[3, 0], [0, 2]])
+    near(by_hand(FedMomentum(energy=0.69), [FIRST, SECOND], [3, 1])[1], [[3, 0], [0, 0]])
+
+
+@pytest.mark.parametrize(("threshold", "kept"), [(0.69, 0.0), (0.7, 2.0), (1.0, 2.0)])
+def test_florist_by_hand(threshold: float, kept: float) -> None:
+    """9/13 = .692 of the energy is in the first direction of diag(3, 2)."""
+    near(by_hand(FLoRIST(threshold=threshold), [FIRST, SECOND], [3, 1])[1], [[3, 0], [0, kept]])
+
+
+TALL, SHORT = LowRank(torch.diag(torch.tensor([2.0, 6.0])), torch.eye(2)), outer([6.0, 0.0], [0.0, 1.0])
+
+
+def test_rbla_and_raflora_by_hand() -> None:
+    """Rank 2 with one row, rank 1 with three: column 2 has one owner, and is not diluted.
+
+    b_1 = (5, 0), a_1 = (.25, .75), b_2 = (0, 6), a_2 = (0, 1); products: 1/4 2 e1 e1^T + 3/4 6 e1 e2^T + 6 e2 e2^T.
+    """
+    near(by_hand(RBLA(), [TALL, SHORT], [1, 3])[1], [[1.25, 3.75], [0, 6]])
+    near(by_hand(RaFLoRA(), [TALL, SHORT], [1, 3])[1], [[0.5, 4.5], [0, 6]])
+    near(by_hand(FlexLoRA(), [TALL, SHORT], [1, 3])[1], [[0.5, 4.5], [0, 1.5]])
+
+
+# --- reductions: constants under which a rule is another one
+
+
+@pytest.mark.parametrize(
+    ("rule", "base", "clients"),
+    [
+        (RBLA(), FedIT(), EQUAL),
+        (RaFLoRA(), FlexLoRA(), EQUAL),
+        (FLoRIST(threshold=1.0), FLoRA(), MIXED),
+        (FedSVD(period=None), FFALoRA(), EQUAL),
+        (FedSVD(period=9), FFALoRA(), EQUAL),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Algorithm) else "",
+)
+def test_a_neutral_constant_gives_the_base_rule(rule: Algorithm, base: Algorithm, clients: Sequence[Client]) -> None:
+    for given, wanted in zip(ran(rule, clients), ran(base, clients), strict=True):
+        assert (given - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+def test_one_client_alone_is_fedit() -> None:
+    """Nothing is averaged, so nothing has to be put right."""
+    alone = [Client("only", 7, 3)]
+    for rule in (FedExLoRA(), RBLA()):
+        for given, wanted in zip(ran(rule, alone), ran(FedIT(), alone), strict=True):
+            assert (given - wanted).norm() <= 1e-9 * wanted.norm()
+
+
+def test_the_first_round_of_rolora_is_ffa_lora_s() -> None:
+    assert torch.equal(ran(RoLoRA(), EQUAL, 1)[0], ran(FFALoRA(), EQUAL, 1)[0])
+
+
+def test_exact_rules_serve_the_mean_of_the_products_in_round_one() -> None:
+    """FLoRA's sum, from nothing; FedEx-LoRA and FedMomentum by what joins the base."""
+    wanted = ran(FLoRA(), EQUAL, 1)[0]
+    for rule in (FedExLoRA(), FedMomentum(energy=1.0), FLoRIST(threshold=1.0), RaFLoRA(), FlexLoRA()):
+        assert (ran(rule, EQUAL, 1)[0] - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+def test_a_stays_to_the_bit_in_ffa_lora_and_its_rows_are_orthonormal_in_fedsvd() -> None:
+    for rule in (FFALoRA(), FedSVD()):
+        state: Tensors = rule.init(Model({"w": torch.empty(D_OUT, D_IN, device="meta")}), EQUAL)
+        for index in (1, 2, 3):
+            rnd = Round(index, seed=3)
+            replies = []
+            for client in EQUAL:
+                sent = rule.download(state, client, rnd)
+                replies.append(Reply(client, sent, rule.local(Linear(client), sent, {}, rnd)[0]))
+            state = rule.aggregate(state, replies, rnd)
+            if isinstance(rule, FedSVD):
+                torch.testing.assert_close(state["w"].A @ state["w"].A.T, torch.eye(3).to(state["w"].A))
+            else:
+                assert torch.equal(state["w"].A.double(), START[1])
+
+
+def test_fedsvd_of_null_directions_keeps_them_trainable() -> None:
+    """B = 0: rows of A are orthonormal all the same."""
+    state = one_factor_by_hand(FedSVD(), {"w": outer([0.0, 0.0], [3.0, 4.0])}, "B", [(0.0, 0.0), (0.0, 0.0)], 1)
+    torch.testing.assert_close(state["w"].A @ state["w"].A.T, torch.eye(1))
+    assert not state["w"].B.any()
+
+
+def test_fedex_lora_s_residual_may_be_cut() -> None:
+    """E has rank 1 here, so rank 1 changes nothing and rank 0 is FedIT."""
+    near(by_hand(FedExLoRA(residual_rank=1), [FIRST, SECOND], [3, 1])[1], [[3, 0], [0, 2]])
+    near(by_hand(FedExLoRA(residual_rank=0), [FIRST, SECOND], [3, 1])[1], [[2.25, 0.75], [1.5, 0.5]])
+
+
+@pytest.mark.parametrize(
+    "rule", [FFALoRA(), RoLoRA(), FedSVD(), FedExLoRA(), FedMomentum()], ids=lambda r: type(r).__name__
+)
+def test_rules_of_one_rank_say_so(rule: Algorithm) -> None:
+    with pytest.raises(FedError, match=r"one rank, and these have \[2, 3, 4\]"):
+        rule.validate(MIXED)
+
+
+@pytest.mark.parametrize("rule", [RBLA(), RaFLoRA()], ids=lambda r: type(r).__name__)
+def test_a_column_that_nobody_of_the_cohort_has_stays(rule: Algorithm) -> None:
+    """The client of rank 4 is not drawn: the fourth direction keeps what it had."""
+    start = {"w": LowRank(torch.diag(torch.tensor([5.0, 4.0, 3.0, 2.0, 0.0, 0.0]))[:, :4], torch.eye(4, D_IN))}
+    state = rule.init(Model({"w": torch.empty(D_OUT, D_IN, device="meta")}, start), MIXED)
+    rnd = Round(1, seed=0)
+    replies = []
+    for client in MIXED[:2]:
+        sent = rule.download(state, client, rnd)
+        replies.append(Reply(client, sent, {"w": LowRank(sent["w"].B * 2, sent["w"].A)}))
+    given = whole(rule.served(rule.aggregate(state, replies, rnd))["w"])
+    near(given[:4, :4], torch.diag(torch.tensor([10.0, 8.0, 6.0, 2.0])).tolist())
