@@ -260,7 +260,7 @@ def test_the_supervisor_ends_with_the_process_that_started_it():
     wait_for(lambda: left_over(MINE) == [])
 
 
-def wait_for(condition, seconds: float = 20.0) -> None:
+def wait_for(condition, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come true in time"
