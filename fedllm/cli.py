@@ -327,6 +327,129 @@ def new(target: Path | None, **given: Any) -> int:
     return write_page(target, **given)
 
 
+class Subcommands(click.Group):
+    """A group whose first word may also be a folder: ``fedllm serve init DEPLOY``, ``fedllm serve DEPLOY ...``."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        known = args and args[0] in self.commands
+        return super().resolve_command(ctx, args if known else ["run", *args])
+
+
+@command.group(cls=Subcommands, context_settings=WORDS)
+def serve() -> None:
+    """Runs a recipe with clients on other machines: fedllm serve DEPLOY RECIPE [a.b=c ...]."""
+    from fedllm.fleets.flower import require_flower
+
+    require_flower()
+
+
+@serve.command("init")
+@click.argument("folder", type=FOLDER, metavar="DEPLOY")
+@click.option("--host", required=True, help="The name or address under which nodes reach this server.")
+@click.option("--port", type=int, default=9443, show_default=True, help="The one that nodes reach.")
+@click.option("--insecure", is_flag=True, help="Plain HTTP without keys, for nodes on this machine alone.")
+def serve_init(folder: Path, host: str, port: int, insecure: bool) -> int:
+    """Makes a server's folder: certificates, a secret, an empty list of clients."""
+    from fedllm.commands.serve import init
+
+    print(init(folder, host, port, insecure))
+    return 0
+
+
+@serve.command("allow")
+@click.argument("folder", type=FOLDER, metavar="DEPLOY")
+@click.argument("client", metavar="ID")
+@click.argument("public", type=FOLDER, metavar="NODE.pub", required=False)
+@click.option("--most-rows", type=int, help="It may claim; the claim weighs its updates.")
+@click.option("--most-rank", type=int, help="It may claim.")
+def serve_allow(folder: Path, client: str, public: Path | None, most_rows: int | None, most_rank: int | None) -> int:
+    """Lets a client in, by its node's public key."""
+    from fedllm.commands.serve import allow
+
+    print(allow(folder, client, public, most_rows, most_rank))
+    return 0
+
+
+@serve.command("run", cls=RecipeCommand, context_settings=WORDS, hidden=True)
+@click.argument("folder", type=FOLDER, metavar="DEPLOY")
+@words("arguments", "RECIPE [a.b=c ...]")
+@click.option("--rehearsal", is_flag=True, help="Nodes take the shares that the recipe's partition deals to them.")
+@click.option("--least", type=int, help="Clients to begin with; by default all that are allowed.")
+def serve_run(folder: Path, arguments: Sequence[str], rehearsal: bool, least: int | None) -> int:
+    """Waits for its clients, runs the recipe with them, and writes the run's folder as `fedllm train` does."""
+    from fedllm.commands.keys import refuse_typos
+
+    refuse_typos(arguments)
+    quiet()
+    from fedllm.commands.serve import serve as run
+    from fedllm.train import train as rounds
+
+    return _until_stopped(lambda: run(folder, spelled(arguments), rounds, rehearsal=rehearsal, least=least))
+
+
+@command.group(cls=Subcommands, context_settings=WORDS)
+def join() -> None:
+    """Takes part in a server's federations as one client: fedllm join SITE."""
+    from fedllm.fleets.flower import require_flower
+
+    require_flower()
+
+
+@join.command("init")
+@click.argument("folder", type=FOLDER, metavar="SITE")
+@click.option("--client", required=True, metavar="ID", help="Under which the server knows it.")
+@click.option("--server", default="127.0.0.1:9443", show_default=True, metavar="HOST:PORT")
+@click.option("--insecure", is_flag=True, help="Plain HTTP, for a server on this machine alone.")
+def join_init(folder: Path, client: str, server: str, insecure: bool) -> int:
+    """Makes a node's folder: its keys, and a policy to edit."""
+    from fedllm.commands.join import init
+
+    print(init(folder, client, server, insecure))
+    return 0
+
+
+@join.command("approve")
+@click.argument("folder", type=FOLDER, metavar="SITE")
+@click.argument("digest", metavar="DIGEST")
+def join_approve(folder: Path, digest: str) -> int:
+    """Says yes to a recipe that waits for a person."""
+    from fedllm.commands.join import say_yes
+
+    print(say_yes(folder, digest))
+    return 0
+
+
+@join.command("run", context_settings=WORDS, hidden=True)
+@click.argument("folder", type=FOLDER, metavar="SITE")
+@click.option("--dry-run", is_flag=True, help="Say what this node would answer to a recipe, and send nothing.")
+@words("arguments", "[RECIPE a.b=c ...]")
+def join_run(folder: Path, dry_run: bool, arguments: Sequence[str]) -> int:
+    """Takes part until it is stopped, within its policy."""
+    quiet()
+    from fedllm.commands.join import dry_run as answer
+    from fedllm.commands.join import join as run
+
+    if dry_run:
+        print(answer(folder, spelled(arguments)))
+        return 0
+    if arguments:
+        raise FedError(f"{' '.join(arguments)[:200]!r}: recipes come from the server; --dry-run looks at one.")
+    return _until_stopped(lambda: run(folder))
+
+
+def _until_stopped(run: Callable[[], int]) -> int:
+    """Runs a program that ends by Ctrl-C or SIGTERM. 130: it was stopped."""
+    from fedllm.fleets.flower.children import terminated_as_interrupt
+    from fedllm.rounds import Interrupted
+
+    terminated_as_interrupt()
+    try:
+        return run()
+    except Interrupted as stopped:
+        print(f"fedllm: {stopped}", file=sys.stderr)
+        return 130
+
+
 @command.command()
 def methods() -> int:
     """Prints every rule with its paper, file and recipes, as Markdown."""

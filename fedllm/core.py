@@ -210,6 +210,10 @@ class Job:
     memory: Tensors
 
 
+class StopAsked(Exception):
+    """A fleet was asked to stop while it waited for a client."""
+
+
 class Fleet(Protocol):
     """Where the clients of a round run."""
 

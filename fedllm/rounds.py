@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fedllm.core import Algorithm, Client, Display, Failed, Fleet, Job, Reply, Round, Tensors, Worker
+from fedllm.core import Algorithm, Client, Display, Failed, Fleet, Job, Reply, Round, StopAsked, Tensors, Worker
 from fedllm.errors import FedError
 from fedllm.lowrank import LowRank
 from fedllm.server import telemetry
@@ -99,10 +99,13 @@ def federate(
             sent = {c.id: ledger.canonical(algorithm.download(state, c, rnd)) for c in cohort}
             jobs = [Job(client, sent[client.id], memories.get(client.id, {})) for client in cohort]
             finished: list[Finished] = []
-            for done in fleet.run(algorithm, worker, jobs, rnd):
-                finished.append(done)
-                if stop():
-                    raise Interrupted(rnd, finished)
+            try:
+                for done in fleet.run(algorithm, worker, jobs, rnd):
+                    finished.append(done)
+                    if stop():
+                        raise Interrupted(rnd, finished)
+            except StopAsked as asked:
+                raise Interrupted(rnd, finished) from asked
             return Played(rnd, jobs, finished, *_usable(algorithm, finished, policy))
 
         played = _played(

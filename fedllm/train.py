@@ -80,14 +80,23 @@ def _hand(recipe: recipes.Recipe) -> tuple[Algorithm, Worker]:
     return recipe.algorithm, build_federation(recipe).worker(lambda loss: None)
 
 
-def train(recipe: recipes.Recipe, processes: Processes) -> None:
-    """One recipe, from its rows to its report."""
+Lead = Callable[[Worker, Display, Callable[[], bool]], tuple[Worker, Fleet]]
+"""The worker and the fleet of a run, of a loaded worker, the display, and whether somebody asked the run to stop."""
+
+
+def train(recipe: recipes.Recipe, processes: Processes, *, federation: Any = None, lead: Lead | None = None) -> None:
+    """One recipe, from its rows to its report.
+
+    Args:
+        federation: of clients that are known already; by default the recipe's own.
+        lead: makes the fleet; by default the launch's, of ``run.parallel``.
+    """
     run, out, console = recipe.run, recipe.output, Console()
     if not run.plan:
         folder.check(out, resume=run.resume, overwrite=run.overwrite)
         tracking.ready(run.tracker)
         hub.ready(recipe)
-    federation = build_federation(recipe)
+    federation = build_federation(recipe) if federation is None else federation
     if run.plan:
         show(recipe, federation.plan(), console)
         return
@@ -99,7 +108,7 @@ def train(recipe: recipes.Recipe, processes: Processes) -> None:
         with folder.held(out):  # from here on nothing should fail that the user could have been told before
             folder.check(out, resume=run.resume, overwrite=run.overwrite)
             begun = _begun(recipe, federation, resumed)
-            rows, hint = _federated(recipe, federation, begun, made, processes, display, interrupted)
+            rows, hint = _federated(recipe, federation, begun, made, processes, display, interrupted, lead)
     notes = federation.notes
     if recipe.eval.alone is not None:
         notes = [*notes, "A client alone trains for as many steps on its own rows as it does in the federation."]
@@ -122,11 +131,15 @@ def _federated(
     processes: Processes,
     display: Any,
     interrupted: Callable[[], bool],
+    lead: Lead | None = None,
 ) -> tuple[list[dict[str, Any]], str]:
     """Plays the rounds after ``done`` and exports what came of them; the summary's rows, and how to see the curves."""
     run, out, algorithm = recipe.run, recipe.output, recipe.algorithm
     tolerant = run.on_client_error == "refuse"
-    worker, fleet = PARALLEL[run.parallel].lead(processes, made, display, tolerant=tolerant)
+    if lead is None:
+        worker, fleet = PARALLEL[run.parallel].lead(processes, made, display, tolerant=tolerant)
+    else:
+        worker, fleet = lead(made, display, interrupted)
     base = _base(recipe, worker, display)
     with closing(tracking.open_tracker(run.tracker, out, dict(recipe.page))) as tracker:
 
