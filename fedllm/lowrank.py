@@ -479,6 +479,16 @@ def smallest(W: Tensor) -> float:
     return float(torch.linalg.eigvalsh(W.T @ W)[0].clamp(min=0).sqrt())
 
 
+def nearest_rotation(M: Tensor) -> Tensor:
+    """The rotation ``R (r, r)`` that maximises ``tr(R^T M)``: ``U diag(1, ..., 1, det(U V^T)) V^T``, no reflection.
+
+    Directions that M has not are left alone, which is what a thousandth of a thousandth of the identity decides.
+    """
+    U, _, Vh = _svd(M + 1e-6 * torch.linalg.matrix_norm(M) * torch.eye(len(M)).to(M))
+    U[:, -1] *= torch.linalg.det(U @ Vh).sign()
+    return U @ Vh
+
+
 def fill(W: LowRank, r: int, generator: torch.Generator) -> LowRank:
     """``W`` as factors of rank exactly ``r``: surplus directions get a zero column in B and a fresh row in A.
 

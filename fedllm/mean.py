@@ -38,11 +38,26 @@ def mean_factors(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRan
     return LowRank(mean([u.B for u in updates], weights), mean([u.A for u in updates], weights))
 
 
-def mean_columns(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-    """Column j of B and row j of A, each the mean over those that have it: ``sum_(r_i >= j) (p_i / P_j) b_ij``."""
-    held = _held(updates, weights)
-    total = mean_factors([pad(update, len(held)) for update in updates], weights)
-    return LowRank(total.B / held.to(total.B), total.A / held.to(total.A)[:, None])
+def mean_columns(
+    start: LowRank, updates: Sequence[LowRank], places: Sequence[Tensor], weights: Sequence[float]
+) -> LowRank:
+    """``start`` with column j of B and row j of A the mean over those that have one, ``sum (p_i / P_j) b_ij``.
+
+    Args:
+        places: which columns of ``start`` each update's are. What nobody has stays, to the bit.
+    """
+    held = torch.zeros(start.rank, dtype=torch.float64)  # P_j
+    B = torch.zeros_like(start.B, dtype=torch.promote_types(updates[0].B.dtype, torch.float32))
+    A = torch.zeros_like(start.A, dtype=torch.promote_types(updates[0].A.dtype, torch.float32))
+    for update, place, weight in zip(updates, places, weights, strict=True):
+        held[place] += weight
+        B[:, place] += weight * update.B.to(B)
+        A[place] += weight * update.A.to(A)
+    share = torch.where(held > 0, held, 1.0)
+    return LowRank(
+        torch.where(held > 0, B / share.to(B), start.B.to(B)),
+        torch.where(held[:, None] > 0, A / share.to(A)[:, None], start.A.to(A)),
+    )
 
 
 def mean_directions(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:

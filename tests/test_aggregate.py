@@ -223,7 +223,10 @@ CASES: dict[str, list[tuple[str, list[str], str | None, Any]]] = {
     ],
     **{rule: [("equal", [], None, by_products)] for rule in ("fedex_lora", "fedmomentum")},
     "florist": [("mixed", ["--set", "threshold=1.0"], None, by_products)],
+    "lora_fair": [("equal", ["--set", "steps=0"], None, by_factors)],
+    "fedrot_lora": [("equal", [], None, by_factors)],  # nothing turns where nothing was sent
     "rbla": [("mixed", [], None, by_columns)],
+    "fed_plora": [("equal", [], None, by_columns)],
     "raflora": [("mixed", [], None, by_directions)],
 }
 
@@ -232,7 +235,13 @@ def test_no_rule_is_left_out() -> None:
     assert LOW_RANK.keys() - CASES.keys() == PARTS.keys(), "see the next test"
 
 
-PARTS = {"mfedloru": "MFedLoRU", "ffa_lora": "FFALoRA", "rolora": "RoLoRA", "fedsvd": "FedSVD"}
+PARTS = {
+    "mfedloru": "MFedLoRU",
+    "ffa_lora": "FFALoRA",
+    "rolora": "RoLoRA",
+    "fedsvd": "FedSVD",
+    "fedsa_lora": "FedSALoRA",
+}
 """Rules whose clients return a part of an adapter, or factors of one."""
 
 
@@ -288,9 +297,12 @@ def test_a_rank_makes_it_the_best_approximation(
     """16 is v_proj's own height, and more than what some rules return: the written rank is 16 all the same."""
     paths = folders["equal"]
     whole = {"fedhl": lambda: fedhl(paths, None), "fedit": lambda: by_factors(paths, SAMPLES)}
-    whole |= dict.fromkeys(("zero_padding", "fedlora_avg", "fedloru", "pfedloru", "rbla"), whole["fedit"])
+    whole |= dict.fromkeys(
+        ("zero_padding", "fedlora_avg", "fedloru", "pfedloru", "rbla", "lora_fair", "fedrot_lora", "fed_plora"),
+        whole["fedit"],
+    )
     dense = whole.get(rule, lambda: by_products(paths, SAMPLES))()
-    options = {"threshold": 1.0} if rule == "florist" else {}
+    options: dict[str, Any] = {"florist": {"threshold": 1.0}, "lora_fair": {"steps": 0}}.get(rule, {})
     aggregate(rule, paths, tmp_path / "out", samples=SAMPLES, rank=rank, options=options)
     agrees(tmp_path / "out", {name: best(W, rank) for name, W in dense.items()}, base, recwarn)
     config = json.loads((tmp_path / "out" / CONFIG).read_text())
@@ -411,7 +423,7 @@ def test_commands_that_cannot_work(folders: dict[str, list[Path]], tmp_path: Pat
     to = ["--out", out]
     cases: list[tuple[list[Any], str]] = [
         (["fedlh", *mixed, *to], "Did you mean fedhl?"),
-        (["xyzzy", *mixed, *to], "Valid: fedex_lora, fedhl, fedit"),
+        (["xyzzy", *mixed, *to], "Valid: fed_plora, fedex_lora, fedhl"),
         (["fedit", *mixed, *to], "[2, 4, 7]"),
         (["fedit", *folders["equal"], *to, "--global", folders["wide"][0]], "rank 9 does not fit into rank 4"),
         (["flexlora", *mixed, *to, "--epsilon", "0.1"], "flexlora has no option 'epsilon': it belongs to fedhl"),

@@ -1,15 +1,19 @@
 """One file per paper, and the table of them."""
 
+from fedllm.algorithms.lora.fed_plora import FedPLoRA
 from fedllm.algorithms.lora.fedex_lora import FedExLoRA
 from fedllm.algorithms.lora.fedhl import FedHL
 from fedllm.algorithms.lora.fedit import FedIT
 from fedllm.algorithms.lora.fedloru import FedLoRAAvg, FedLoRU
 from fedllm.algorithms.lora.fedmomentum import FedMomentum
+from fedllm.algorithms.lora.fedrot_lora import FedRotLoRA
+from fedllm.algorithms.lora.fedsa_lora import FedSALoRA
 from fedllm.algorithms.lora.fedsvd import FedSVD
 from fedllm.algorithms.lora.ffa_lora import FFALoRA
 from fedllm.algorithms.lora.flexlora import FlexLoRA
 from fedllm.algorithms.lora.flora import FLoRA
 from fedllm.algorithms.lora.florist import FLoRIST
+from fedllm.algorithms.lora.lora_fair import LoRAFAIR
 from fedllm.algorithms.lora.mfedloru import MFedLoRU
 from fedllm.algorithms.lora.pfedloru import PFedLoRU
 from fedllm.algorithms.lora.raflora import RaFLoRA
@@ -53,6 +57,10 @@ LOW_RANK: dict[str, type[Algorithm]] = {
     "rbla": RBLA,
     "raflora": RaFLoRA,
     "florist": FLoRIST,
+    "lora_fair": LoRAFAIR,
+    "fedrot_lora": FedRotLoRA,
+    "fed_plora": FedPLoRA,
+    "fedsa_lora": FedSALoRA,
 }
 """Rules on low-rank updates of a frozen model."""
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from fedllm.algorithms.lora.zero_padding import LeadingColumns
 from fedllm.core import Reply, Round, Tensors
-from fedllm.lowrank import LowRank
-from fedllm.mean import mean_columns
+from fedllm.mean import mean_columns, pad
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class RBLA(LeadingColumns):
         weights = [p[reply.client.id] for reply in replies]
         after = {}
         for name, W in state.items():
-            mean = mean_columns([reply.returned[name] for reply in replies], weights)
-            kept = LowRank(W.B[:, mean.rank :], W.A[mean.rank :])
-            after[name] = mean + kept
+            updates = [reply.returned[name] for reply in replies]
+            largest = max(W.rank, *(update.rank for update in updates))
+            places = [torch.arange(update.rank) for update in updates]
+            after[name] = mean_columns(pad(W, largest), updates, places, weights)
         return after
