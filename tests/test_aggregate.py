@@ -213,7 +213,8 @@ CASES: dict[str, list[tuple[str, list[str], str | None, Any]]] = {
     "zero_padding": [("mixed", [], None, by_factors), ("mixed", [], "wide", by_factors)],
     "flexlora": [("mixed", [], None, by_products), ("mixed", [], "wide", by_products)],
     "flora": [("mixed", [], None, by_products), ("mixed", [], "wide", lambda p, n, g: by_products(p, n, g))],
-    **{rule: [("equal", [], None, by_factors)] for rule in ("fedlora_avg", "fedloru", "pfedloru")},
+    "fedalt": [("equal", [], None, lambda p, n: by_factors(p, [1] * len(p)))],  # all alike, whatever they hold
+    **{rule: [("equal", [], None, by_factors)] for rule in ("feddpa", "fedlora_avg", "fedloru", "pfedloru")},
     "fedhl": [
         ("mixed", [], None, lambda p, n: fedhl(p, None)),
         ("mixed", [], "wide", lambda p, n, g: fedhl(p, g)),
@@ -298,9 +299,20 @@ def test_a_rank_makes_it_the_best_approximation(
     paths = folders["equal"]
     whole = {"fedhl": lambda: fedhl(paths, None), "fedit": lambda: by_factors(paths, SAMPLES)}
     whole |= dict.fromkeys(
-        ("zero_padding", "fedlora_avg", "fedloru", "pfedloru", "rbla", "lora_fair", "fedrot_lora", "fed_plora"),
+        (
+            "zero_padding",
+            "fedlora_avg",
+            "fedloru",
+            "pfedloru",
+            "rbla",
+            "lora_fair",
+            "fedrot_lora",
+            "fed_plora",
+            "feddpa",
+        ),
         whole["fedit"],
     )
+    whole["fedalt"] = lambda: by_factors(paths, [1] * len(paths))
     dense = whole.get(rule, lambda: by_products(paths, SAMPLES))()
     options: dict[str, Any] = {"florist": {"threshold": 1.0}, "lora_fair": {"steps": 0}}.get(rule, {})
     aggregate(rule, paths, tmp_path / "out", samples=SAMPLES, rank=rank, options=options)
@@ -423,7 +435,7 @@ def test_commands_that_cannot_work(folders: dict[str, list[Path]], tmp_path: Pat
     to = ["--out", out]
     cases: list[tuple[list[Any], str]] = [
         (["fedlh", *mixed, *to], "Did you mean fedhl?"),
-        (["xyzzy", *mixed, *to], "Valid: fed_plora, fedex_lora, fedhl"),
+        (["xyzzy", *mixed, *to], "Valid: fed_plora, fedalt, feddpa"),
         (["fedit", *mixed, *to], "[2, 4, 7]"),
         (["fedit", *folders["equal"], *to, "--global", folders["wide"][0]], "rank 9 does not fit into rank 4"),
         (["flexlora", *mixed, *to, "--epsilon", "0.1"], "flexlora has no option 'epsilon': it belongs to fedhl"),

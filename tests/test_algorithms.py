@@ -374,6 +374,8 @@ SENT: dict[str, Callable[[LowRank, int], Matrix]] = {
     "florist": lambda W, r: 0 * dense(W),
     "lora_fair": lambda W, r: dense(W),
     "fedrot_lora": lambda W, r: dense(W),
+    "feddpa": lambda W, r: dense(W),
+    "fedalt": lambda W, r: dense(W),  # its own; the others' mean is frozen
 }
 FROZEN = {"flora": "frozen", "fedloru": "W", "pfedloru": "W", "mfedloru": "W"}
 FROZEN |= dict.fromkeys(("fedex_lora", "fedmomentum", "florist"), "frozen")

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from fedllm.algorithms.lora.fed_plora import FedPLoRA
+from fedllm.algorithms.lora.fedalt import FedALT
+from fedllm.algorithms.lora.feddpa import FedDPA
 from fedllm.algorithms.lora.fedex_lora import FedExLoRA
 from fedllm.algorithms.lora.fedit import FedIT
 from fedllm.algorithms.lora.fedmomentum import FedMomentum
@@ -338,6 +340,42 @@ def fedsa_lora() -> list[Tensor]:
     return own
 
 
+def drawn_for(key: str, r: int, t: int) -> Tensor:
+    return ((torch.rand(r, D_IN, generator=Round(t, seed=3).rng(key, "w")) * 2 - 1) * D_IN**-0.5).double()
+
+
+@again("feddpa", FedDPA(mix=0.3), EQUAL, personal=True)
+def feddpa() -> list[Tensor]:
+    B, A = START
+    own: dict[Client, tuple[Tensor, Tensor]] = {}
+    models = []
+    for t in (1, 2, 3):
+        if t > 1:
+            fresh = (START[0], drawn_for("personal", 3, t))
+            own = {c: sgd(c, *own.get(c, fresh), 0.7 * B @ A) for c in EQUAL}
+        returned = {c: sgd(c, B, A) for c in EQUAL}
+        B, A = mean([b for b, _ in returned.values()]), mean([a for _, a in returned.values()])
+        models.append(
+            torch.cat([0.7 * b @ a + own[c][0] @ own[c][1] if own else b @ a for c, (b, a) in returned.items()])
+        )
+    return models
+
+
+@again("fedalt", FedALT(mix=0.6), EQUAL, personal=True)
+def fedalt() -> list[Tensor]:
+    own = {c: START for c in EQUAL}
+    models = []
+    for t in (1, 2, 3):
+        rows = {}
+        for c in EQUAL:
+            others = [own[o] for o in EQUAL if o is not c]
+            rows[c] = sum(b for b, _ in others) / 2 @ sum(a for _, a in others) / 2 if t > 1 else torch.zeros(1)
+        trained = {c: sgd(c, 0.6 * own[c][0], own[c][1], 0.4 * rows[c]) for c in EQUAL}
+        models.append(torch.cat([b @ a + 0.4 * rows[c] for c, (b, a) in trained.items()]))
+        own = {c: (b / 0.6, a) for c, (b, a) in trained.items()}
+    return models
+
+
 TOLERANCES = {"fedrot_lora": 1e-5}
 """FedRot-LoRA adds a millionth of the identity before it looks for the rotation."""
 
@@ -538,6 +576,46 @@ def test_fedsa_lora_of_one_client_is_fedit() -> None:
     alone = [Client("only", 7, 3)]
     for given, wanted in zip(ran(FedSALoRA(), alone, personal=True), ran(FedIT(), alone), strict=True):
         assert torch.equal(given, wanted)
+
+
+def test_feddpa_by_hand() -> None:
+    """Own diag(2, 0), global diag(0, 4), half of each: diag(1, 2). The own one is remembered with its half in it."""
+    reply = Reply(Client("0", 1, 2), {}, {"w": LowRank(torch.diag(torch.tensor([0.0, 4.0])), torch.eye(2))})
+    memory = {"own/w": LowRank(torch.diag(torch.tensor([2.0, 0.0])), torch.eye(2)) * 0.5}
+    near(whole(FedDPA(mix=0.5).personal(reply, memory)["w"]), [[1, 0], [0, 2]])
+
+
+def test_feddpa_serves_what_fedit_serves() -> None:
+    """To the bit: the personal adapters touch nothing that travels. With mix 0 nobody has one."""
+    for given, wanted in zip(ran(FedDPA(), EQUAL), ran(FedIT(), EQUAL), strict=True):
+        assert torch.equal(given, wanted)
+    client, sent = EQUAL[0], FedIT().download({"w": LowRank.zeros(D_OUT, D_IN)}, EQUAL[0], Round(1, 0))
+    memory: Tensors = {"taken_part": torch.ones(1)}
+    assert not any(
+        key.startswith("own/") for key in FedDPA(mix=0.0).local(Linear(client), sent, memory, Round(2, 0))[1]
+    )
+    assert any(key.startswith("own/") for key in FedDPA().local(Linear(client), sent, memory, Round(2, 0))[1])
+
+
+def test_fedalt_by_hand() -> None:
+    """The others returned B (2, 0) and (0, 4), A (1, 0) and (0, 1): their row is (1, 2)^T (.5, .5)."""
+    rule, clients = FedALT(), [Client(id, 1, 1) for id in ("x", "y/z", "z")]
+    state = rule.init(Model({"w": torch.empty(2, 2, device="meta")}), clients)
+    assert whole(rule.download(state, clients[0], Round(1, 0))["frozen/w"]).tolist() == [[0, 0], [0, 0]]
+    back = [replied(rule, state, c, {"w": M}, Round(1, 0)) for c, M in zip(clients[1:], OTHERS, strict=True)]
+    after = rule.aggregate(state, back, Round(1, 0))
+    near(whole(rule.download(after, clients[0], Round(2, 0))["frozen/w"]), [[0.5, 0.5], [1, 1]])
+    near(whole(rule.download(after, clients[1], Round(2, 0))["frozen/w"]), whole(OTHERS[1]).tolist())
+    near(whole(rule.download(after, clients[1], Round(2, 0))["adapter/w"]), whole(OTHERS[0]).tolist())
+
+
+OTHERS = [outer([2.0, 0.0], [1.0, 0.0]), outer([0.0, 4.0], [0.0, 1.0])]
+
+
+def test_fedalt_with_all_weight_on_the_own_adapter_is_training_alone() -> None:
+    for given, client in zip(ran(FedALT(mix=1.0), EQUAL, personal=True)[2].split(D_OUT), EQUAL, strict=True):
+        alone = ran(FedIT(), [client])[2]
+        assert (given - alone).norm() <= 1e-9 * alone.norm()
 
 
 # --- reductions: constants under which a rule is another one

@@ -354,7 +354,7 @@ def test_the_server_s_memory_does_not_grow_with_clients_outside_the_cohort() -> 
     assert abs(many - few) < 85 * 2**20, (few, many)
 
 
-@pytest.mark.parametrize("name", LOW_RANK)
+@pytest.mark.parametrize("name", [name for name in LOW_RANK if name != "fedalt"])  # which is about everybody's
 def test_the_state_holds_the_cohort_s_sum_and_nobody_s_adapter(name: str) -> None:
     """15 of 15, of 100 and of 1,000 clients of rank 4, three rounds: the same bytes, but for eight a client met."""
     sizes = {}

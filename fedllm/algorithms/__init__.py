@@ -1,6 +1,8 @@
 """One file per paper, and the table of them."""
 
 from fedllm.algorithms.lora.fed_plora import FedPLoRA
+from fedllm.algorithms.lora.fedalt import FedALT
+from fedllm.algorithms.lora.feddpa import FedDPA
 from fedllm.algorithms.lora.fedex_lora import FedExLoRA
 from fedllm.algorithms.lora.fedhl import FedHL
 from fedllm.algorithms.lora.fedit import FedIT
@@ -61,6 +63,8 @@ LOW_RANK: dict[str, type[Algorithm]] = {
     "fedrot_lora": FedRotLoRA,
     "fed_plora": FedPLoRA,
     "fedsa_lora": FedSALoRA,
+    "feddpa": FedDPA,
+    "fedalt": FedALT,
 }
 """Rules on low-rank updates of a frozen model."""
 

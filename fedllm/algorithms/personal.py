@@ -21,6 +21,12 @@ def scored(worker: Any, omega: Tensors, metrics: Mapping[str, float]) -> dict[st
     return {**metrics, **{f"own_{key}": value for key, value in worker.score(omega).items()}}
 
 
+def both(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    """The shared phase's metrics; what both have spent; and the personal phase's loss."""
+    spent = {key: value + first.get(key, 0) for key, value in second.items() if key in COSTS}
+    return {**second, **spent, **({"personal_loss": first["train_loss"]} if "train_loss" in first else {})}
+
+
 def shared_part(model: Model, last: int) -> dict[str, Any]:
     """The weights of the numbered layers up to ``last``, and of what stands before the next one."""
     number = model.anatomy.numbers(model.weights)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedllm.algorithms.lora.fedloru import FedLoRU, added, arrived
-from fedllm.algorithms.personal import COSTS, scored
+from fedllm.algorithms.personal import both, scored
 from fedllm.config.types import Count, PartShare
 from fedllm.core import Reply, Round, Tensors, under, within
 from fedllm.errors import FedError
@@ -58,15 +58,9 @@ class PFedLoRU(FedLoRU):
             shared, self.moments("worker", memory, rnd), rnd, frozen=base, part=(self.personal_share, 1.0)
         )
         kept = under("personal", own) | under("worker_own", own_moments) | under("worker", moments)
-        metrics = scored(worker, added(base, returned), _both(first, second))
+        metrics = scored(worker, added(base, returned), both(first, second))
         return returned, self.memory(W, rnd) | kept, metrics
 
     def personal(self, reply: Reply, memory: Tensors) -> Tensors:
         shared = dict(super().personal(reply, memory))
         return shared | added(shared, within("personal", memory))
-
-
-def _both(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:
-    """The shared phase's metrics; what both have spent; and the personal phase's loss."""
-    spent = {key: value + second[key] for key, value in first.items() if key in COSTS}
-    return {**second, **spent, **({"personal_loss": first["train_loss"]} if "train_loss" in first else {})}
