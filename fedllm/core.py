@@ -8,17 +8,20 @@ across machines calls the same two functions.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Concatenate, Literal, NamedTuple, Never, ParamSpec, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedllm.errors import FedError as FedError
 from fedllm.errors import Unreachable as Unreachable
 from fedllm.lowrank import LowRank
+from fedllm.structure import Anatomy, FedModel
 
 Tensors = Mapping[str, Any]
 """What travels, what the server keeps and what a client remembers: a ``Tensor`` or a ``LowRank`` for each name.
@@ -86,6 +89,10 @@ class Failed:
     reason: str
 
 
+def _no_network(*described: object, **size: object) -> Never:
+    raise FedError("this rule builds networks of its own, and the model is not a network: take worker.name=vision.")
+
+
 @dataclass(frozen=True)
 class Model:
     """What the server knows of the model.
@@ -94,9 +101,8 @@ class Model:
         weights: the weights an algorithm may touch, by name. A frozen language model's are meta tensors: the server
             needs their shapes ``(d_out, d_in)`` and never their values.
         update: what has been learned so far on top of them, by the same names; empty at the start of a run.
-        anatomy: where a network may be cut or factorised (``fedllm.models.submodel.Anatomy``); a language model has
-            none.
-        make: describes the network on the meta device, as ``make(width=0.5)`` at another size; None likewise.
+        anatomy: where a network may be cut or factorised; empty of a language model.
+        make: describes the network on the meta device, as ``make(width=0.5)`` at another size; a language model cannot.
         draw: values for such a description, from the run's seed: ``draw(make(width=0.5))``.
         classes: how many answers there are: classes of images, tokens of a vocabulary; 0 where nobody asks.
         frozen: the weights that rules on low-rank updates freeze, as matrices ``(d_out, the rest)``, each with the
@@ -105,9 +111,9 @@ class Model:
 
     weights: Tensors
     update: Tensors = field(default_factory=dict)
-    anatomy: Any = None
-    make: Callable[..., Any] | None = None
-    draw: Callable[[Any], dict[str, Tensor]] | None = None
+    anatomy: Anatomy = Anatomy()
+    make: Callable[..., FedModel] = _no_network
+    draw: Callable[[FedModel], dict[str, Tensor]] = _no_network
     classes: int = 0
     frozen: Mapping[str, Callable[[int], LowRank]] | None = None
 
@@ -122,11 +128,166 @@ class Model:
         return {name: self.frozen[name](r) if name in self.frozen else W for name, W in self.weights.items()}
 
 
+Loss = Callable[..., Tensor]
+"""The mean loss of a batch, from what the forward pass gives and the targets ``(N,)``. Of a language model: from the
+logits ``(N, V)``, float32, and the tokens of a batch's completions, in nats a token."""
+
+Phase = tuple[float, Callable[[str], bool]]
+"""A share of a round's steps, and which weights train in it, by name."""
+
+
+Penalty = Callable[[nn.Module], Tensor]
+"""A term that is added to the loss, from the network."""
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """A rule's request to one client: train these weights on your data.
+
+    A worker refuses what it cannot do (``only``) and never ignores it.
+
+    Args:
+        weights: what trains, by name; integer buffers among them come back as they end. A product has LoRA's scale
+            folded in and may have any rank; it trains beside the frozen weight of its name.
+        memory: what training returned for this client last time.
+        rnd: the round, whose generators decide the order of the rows and what dropout draws.
+        frozen: further weights, or updates of them, that are added to the model and do not train.
+        nested: train these products instead, ``B/name (d_out, r)`` and ``A/name (r, d_in)``, each added to that factor
+            of the product ``name`` before LoRA's scale; ``name`` stays as it is. The scale is folded into the first
+            factor of B's when they are returned.
+        part: from which to which part of the round's steps this is: (0, 0.4) are the first two of five; one step at
+            least where it has any width.
+        factors: which factors of the products train; the other comes back as it was sent.
+        loss: instead of the worker's own.
+        penalty: added to the loss.
+        phases: one after the other, their shares sum to 1; momentum goes on from one to the next. None: all weights.
+        scale: HeteroFL's scaler rate.
+        alphas: low-rank pairs among the weights -> LoRA's alpha.
+        network: describes the network that the weights belong to; by default the client's own.
+        forward: what the loss is of, from the network and a batch of inputs; by default the network's output.
+    """
+
+    weights: Tensors
+    memory: Tensors
+    rnd: Round
+    frozen: Tensors = field(default_factory=dict)
+    nested: Tensors = field(default_factory=dict)
+    part: tuple[float, float] = (0.0, 1.0)
+    factors: Literal["BA", "B", "A"] = "BA"
+    loss: Loss | None = None
+    penalty: Penalty | None = None
+    phases: Sequence[Phase] = ()
+    scale: float = 1.0
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    network: Callable[[], FedModel] | None = None
+    forward: Callable[..., object] | None = None
+
+    def only(self, worker: str, *options: str) -> None:
+        """Raises FedError where something is asked for beyond the first three fields and these options."""
+        plain = LocalTraining(self.weights, self.memory, self.rnd)
+        asked = [f.name for f in fields(self) if getattr(self, f.name) != getattr(plain, f.name)]
+        if beyond := [name for name in asked if name not in options]:
+            raise FedError(
+                f"this rule asks for {', '.join(beyond)}, which {worker} cannot do: it has {', '.join(options)}."
+            )
+
+
+class LocalResult(NamedTuple):
+    """What local training leaves behind: what returns to the server, what the client keeps, and measurements.
+
+    Args:
+        returned: by the names that the server expects.
+        memory: stays with the client until its next round.
+        metrics: such as ``train_loss`` (the mean over steps), ``steps``, ``seconds``, ``flops`` or ``tokens``.
+    """
+
+    returned: Tensors
+    memory: Tensors
+    metrics: dict[str, float]
+
+
+P = ParamSpec("P")
+
+
+def _of_fields(request: Callable[P, LocalTraining]) -> Callable[Concatenate[ClientWorker, P], LocalResult]:
+    """A method that takes the fields of a request."""
+
+    def train(self: ClientWorker, *args: P.args, **options: P.kwargs) -> LocalResult:
+        return self.fit(request(*args, **options))
+
+    return train
+
+
+class ClientWorker(ABC):
+    """One client's view of the worker: all that a rule may ask of a client.
+
+    A subclass says what ``steps`` and ``fit`` are; rules on networks also need ``model``, ``labels`` and ``outputs``.
+    """
+
+    client: Client
+
+    @property
+    @abstractmethod
+    def steps(self) -> int:
+        """Optimizer steps of a round."""
+
+    @property
+    def model(self) -> Model:
+        """The client's model with the values that it draws from the run's seed, at no cost in bytes."""
+        raise FedError(f"{type(self).__name__} has no model of its own: this rule needs a worker on networks.")
+
+    @property
+    def shared(self) -> Model:
+        """The server's model, which is another one where clients have their own."""
+        return self.model
+
+    @property
+    def labels(self) -> Tensor:
+        """The classes that this client has examples of, ascending; tokens, of a text."""
+        raise FedError(f"{type(self).__name__} does not tell classes: this rule needs a worker on networks.")
+
+    @abstractmethod
+    def fit(self, request: LocalTraining) -> LocalResult:
+        """Trains as the request says: the one method that a new kind of training has to write.
+
+        Returns:
+            The trained weights under the names of ``request.weights`` (those of ``nested`` where given), the memory to
+            keep, and the metrics.
+        """
+
+    train = _of_fields(LocalTraining)
+    """``train(weights, memory, rnd, ...)`` is ``fit(LocalTraining(weights, memory, rnd, ...))``."""
+
+    def score(
+        self, weights: Tensors, alphas: Mapping[str, float] | None = None, forward: Callable[..., object] | None = None
+    ) -> dict[str, float]:
+        """The task's scores of a model with these weights on the client's own test examples; empty without any."""
+        return {}
+
+    def outputs(
+        self, weights: Tensors, forward: Callable[..., object] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """``forward(net, x)`` and the targets of the client's training examples, a batch at a time."""
+        raise FedError(f"{type(self).__name__} shows no outputs: this rule needs a worker on networks.")
+
+
+@dataclass(frozen=True)
+class Score:
+    """Metrics of one evaluation, and the raw generations they were computed from."""
+
+    metrics: dict[str, float]
+    generations: Sequence[Mapping[str, object]] = ()
+
+
 class Worker(Protocol):
     """The client's side: trains what it is given, on the client it stands for. Built once per process."""
 
-    def of(self, client: Client) -> Any:
+    def of(self, client: Client) -> ClientWorker:
         """This worker, standing for one client: the object that ``Algorithm.local`` is called with."""
+        ...
+
+    def evaluate(self, update: Tensors) -> Score:
+        """The scores of the model with ``update`` on the held-out data; of the untouched model without any."""
         ...
 
 
@@ -161,9 +322,7 @@ class Algorithm:
         """What the server sends to ``client``."""
         raise NotImplementedError
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         """Runs on the client. By default: train all that was sent, send all of it back."""
         return worker.train(sent, memory, rnd)
 
@@ -214,13 +373,61 @@ class StopAsked(Exception):
     """A fleet was asked to stop while it waited for a client."""
 
 
+class ClientResult(NamedTuple):
+    """How a client's part of a round ended, and what it remembers from now on."""
+
+    outcome: Reply | Failed
+    memory: Tensors
+
+
 class Fleet(Protocol):
     """Where the clients of a round run."""
 
-    def run(
-        self, algorithm: Algorithm, worker: Worker, jobs: Sequence[Job], rnd: Round
-    ) -> Iterator[tuple[Reply | Failed, Tensors]]:
+    def run(self, algorithm: Algorithm, worker: Worker, jobs: Sequence[Job], rnd: Round) -> Iterator[ClientResult]:
         """Yields each job's reply, or why there is none, and the client's new memory, in the order of ``jobs``."""
+        ...
+
+
+class Federation(Protocol):
+    """All of a run that is known before a weight is loaded: who takes part, on what, and how they train.
+
+    Attributes:
+        clients: in a fixed order; a name stands for the same client in every round.
+        model: what the server knows of the model.
+        partition: who holds which rows, as plain JSON values for the run's folder.
+        alone: the rule by which a client trains without the others, for comparison.
+        notes: what the summary's numbers were computed from, a sentence each.
+    """
+
+    @property
+    def clients(self) -> Sequence[Client]: ...
+
+    @property
+    def model(self) -> Model: ...
+
+    @property
+    def partition(self) -> Mapping[str, object]: ...
+
+    @property
+    def alone(self) -> Algorithm: ...
+
+    @property
+    def notes(self) -> Sequence[str]: ...
+
+    def worker(self, on_step: Callable[[float | None], None]) -> Worker:
+        """Loads the model and the data, and builds what trains in this process.
+
+        Args:
+            on_step: called with the loss after every optimizer step, None where that would wait for a GPU.
+        """
+        ...
+
+    def plan(self) -> dict[str, object]:
+        """Who would train what and what would travel, as plain JSON values."""
+        ...
+
+    def export(self, place: Path, update: Tensors, client: Client | None = None) -> None:
+        """Writes a model with ``update`` into a folder; with ``client``, on that client's own base model."""
         ...
 
 

@@ -10,16 +10,26 @@ from typing import Any
 
 import torch
 
-from fedllm.core import Algorithm, Client, Display, Failed, Fleet, Job, Reply, Round, StopAsked, Tensors, Worker
+from fedllm.core import (
+    Algorithm,
+    Client,
+    ClientResult,
+    Display,
+    Failed,
+    Fleet,
+    Job,
+    Reply,
+    Round,
+    StopAsked,
+    Tensors,
+    Worker,
+)
 from fedllm.errors import FedError
 from fedllm.lowrank import LowRank
 from fedllm.server import telemetry
 from fedllm.server.admission import admit, suspects
 from fedllm.server.robust import Trust
 from fedllm.wire import serialization as ledger
-
-Finished = tuple[Reply | Failed, Tensors]
-"""What a fleet yields: how a client's part ended, and its new memory."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,7 @@ class Policy:
 class Interrupted(FedError):
     """Somebody asked the run to stop. ``finished`` is what the clients of round ``rnd`` had done by then."""
 
-    def __init__(self, rnd: Round, finished: Sequence[Finished]) -> None:
+    def __init__(self, rnd: Round, finished: Sequence[ClientResult]) -> None:
         super().__init__(
             f"stopped in round {rnd.index} with {len(finished)} clients done: run.resume=true goes on from there."
         )
@@ -98,7 +108,7 @@ def federate(
             display.round(rnd.index, [(client.id, client.rank, worker.of(client).steps) for client in cohort])
             sent = {c.id: ledger.canonical(algorithm.download(state, c, rnd)) for c in cohort}
             jobs = [Job(client, sent[client.id], memories.get(client.id, {})) for client in cohort]
-            finished: list[Finished] = []
+            finished: list[ClientResult] = []
             try:
                 for done in fleet.run(algorithm, worker, jobs, rnd):
                     finished.append(done)
@@ -138,7 +148,7 @@ class Played:
 
     rnd: Round
     jobs: Sequence[Job]
-    finished: Sequence[Finished]
+    finished: Sequence[ClientResult]
     replies: Sequence[Reply]
     refused: Mapping[str, str]
 
@@ -167,7 +177,9 @@ def _played(
     )
 
 
-def _usable(algorithm: Algorithm, finished: Sequence[Finished], policy: Policy) -> tuple[list[Reply], dict[str, str]]:
+def _usable(
+    algorithm: Algorithm, finished: Sequence[ClientResult], policy: Policy
+) -> tuple[list[Reply], dict[str, str]]:
     """The replies that may be averaged, and the others' ids with the reason."""
     refused = {done.client.id: done.reason for done, _ in finished if isinstance(done, Failed)}
     in_time = []

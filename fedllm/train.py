@@ -34,7 +34,7 @@ from fedllm.reports import trackers as tracking
 from fedllm.recipe import page as recipes
 from fedllm.storage.checkpoint import Checkpoint
 from fedllm.errors import FedError
-from fedllm.core import Algorithm, Client, Fleet, Reply, Tensors, Worker
+from fedllm.core import Algorithm, Client, Federation, Fleet, Reply, Tensors, Worker
 from fedllm.fleets import multiprocess as accelerate
 from fedllm.fleets import data_parallel as together
 from fedllm.fleets.processes import Processes, joined
@@ -125,11 +125,11 @@ def train(recipe: recipes.Recipe, processes: Processes, *, federation: Any = Non
 
 def _federated(
     recipe: recipes.Recipe,
-    federation: Any,
+    federation: Federation,
     done: Checkpoint,
     made: Worker,
     processes: Processes,
-    display: Any,
+    display: Display,
     interrupted: Callable[[], bool],
     lead: Lead | None = None,
 ) -> tuple[list[dict[str, Any]], str]:
@@ -226,7 +226,7 @@ def _resumed(recipe: recipes.Recipe) -> Checkpoint | None:
     return done
 
 
-def _begun(recipe: recipes.Recipe, federation: Any, done: Checkpoint | None) -> Checkpoint:
+def _begun(recipe: recipes.Recipe, federation: Federation, done: Checkpoint | None) -> Checkpoint:
     """The folder made ready, and where the run stands: what it left, or round 0 of a new one."""
     run, out = recipe.run, recipe.output
     folder.prepare(out, recipes.dump(recipe), federation.partition, overwrite=run.overwrite and not run.resume)
@@ -238,7 +238,7 @@ def _begun(recipe: recipes.Recipe, federation: Any, done: Checkpoint | None) -> 
     return done
 
 
-def _base(recipe: recipes.Recipe, worker: Any, display: Display) -> dict[str, float]:
+def _base(recipe: recipes.Recipe, worker: Worker, display: Display) -> dict[str, float]:
     """The untouched model's scores; once a run, also when it is resumed."""
     kept = recipe.output / "eval" / "base.json"
     if not recipe.eval.base:
@@ -250,7 +250,7 @@ def _base(recipe: recipes.Recipe, worker: Any, display: Display) -> dict[str, fl
     return scores
 
 
-def _score(out: Path, worker: Any, display: Display, name: str, update: Tensors) -> dict[str, float]:
+def _score(out: Path, worker: Worker, display: Display, name: str, update: Tensors) -> dict[str, float]:
     """Metrics of the base model plus ``update``; its generations go to ``eval/NAME.jsonl``."""
     display.evaluating(name)
     score = worker.evaluate(update)
@@ -261,8 +261,8 @@ def _score(out: Path, worker: Any, display: Display, name: str, update: Tensors)
 
 def _alone(
     recipe: recipes.Recipe,
-    federation: Any,
-    worker: Any,
+    federation: Federation,
+    worker: Worker,
     fleet: Fleet,
     display: Display,
     client: Client,

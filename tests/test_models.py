@@ -9,7 +9,7 @@ from torch import nn
 from fedllm.errors import FedError
 from fedllm.models.build import build, describe, norm2d, with_running_statistics
 from fedllm.models.cnn import Adapter, SmallCNN, YiCNN
-from fedllm.models.flanc import BasisConv, FlancResNet, orthogonality
+from fedllm.models.flanc import BasisConv, FlancResNet, bases, orthogonality
 from fedllm.models.resnet import ExitResNet, ResNet, Scaler, stage_rounds
 from fedllm.models.transformer import Attention, MaskedLM
 
@@ -176,8 +176,8 @@ def test_a_basis_convolution_is_the_convolution_it_composes():
 
 def test_flanc_bases_fit_every_width_and_start_orthogonal():
     narrow, wide = (build(lambda f=f: FlancResNet(width=f, widths=(32, 64)), seeded()) for f in (0.25, 1.75))
-    assert {n: b.shape for n, b in narrow.bases().items()} == {n: b.shape for n, b in wide.bases().items()}
-    assert len(narrow.bases()) == 8
+    assert {n: b.shape for n, b in bases(narrow).items()} == {n: b.shape for n, b in bases(wide).items()}
+    assert len(bases(narrow)) == 8
     assert narrow.stem.conv.out_channels == wide.stem.conv.out_channels == 32
     assert orthogonality(wide).item() < 1e-10
     with torch.no_grad():

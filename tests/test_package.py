@@ -28,9 +28,10 @@ MACHINE = re.compile(r"(?<![\w.-])/(?:work|root)/|(?<![\w.-])/(?:home|Users)/[\w
 MAY_IMPORT: dict[str, set[str]] = {
     "fedllm.lowrank": set(),
     "fedllm.errors": set(),
-    "fedllm.core": {"fedllm.errors", "fedllm.lowrank"},
+    "fedllm.structure": {"fedllm.errors"},
+    "fedllm.core": {"fedllm.errors", "fedllm.lowrank", "fedllm.structure"},
     "fedllm.mean": {"fedllm.core", "fedllm.errors", "fedllm.lowrank"},
-    "fedllm.models.submodel": {"fedllm.core", "fedllm.errors", "fedllm.lowrank"},
+    "fedllm.models.submodel": {"fedllm.structure", "fedllm.errors"},
 }
 """All that the modules at the bottom may import of this package."""
 
@@ -39,6 +40,7 @@ FOR_ALGORITHMS = {
     "fedllm.mean",
     "fedllm.models.submodel",
     "fedllm.core",
+    "fedllm.structure",
     "fedllm.errors",
     "fedllm.lowrank",
     "fedllm.models.paired",

@@ -27,11 +27,12 @@ from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors, within
 from fedllm.errors import FedError
 from fedllm.federation.build import build_federation
 from fedllm.lowrank import LowRank
-from fedllm.models.build import Features, drawn
+from fedllm.models.build import drawn
 from fedllm.models.flops import sizes
 from fedllm.models.network import Network
 from fedllm.recipe import page as recipe
 from fedllm.server.admission import admit, suspects
+from fedllm.structure import Features
 from fedllm.tasks.images import Prototypes
 from fedllm.wire import serialization as ledger
 from fedllm.workers.settings import Vision

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedllm.core import Model, Round, Tensors
+from fedllm.core import ClientWorker, LocalResult, Model, Penalty, Phase, Round, Tensors
 
 COSTS = ("steps", "tokens", "seconds", "flops")
 """Metrics of a client's training that add up where it trains more than once in a round."""
 
 
-def own(worker: Any, memory: Tensors) -> Tensors:
+def own(worker: ClientWorker, memory: Tensors) -> Tensors:
     """``omega_k``: what the client remembers, or at its first round what it draws from the run's seed."""
     return memory or worker.model.weights
 
 
-def scored(worker: Any, omega: Tensors, metrics: Mapping[str, float]) -> dict[str, float]:
+def scored(worker: ClientWorker, omega: Tensors, metrics: Mapping[str, float]) -> dict[str, float]:
     """With the scores of the client's own network on its own test examples."""
     return {**metrics, **{f"own_{key}": value for key, value in worker.score(omega).items()}}
 
@@ -34,17 +34,21 @@ def shared_part(model: Model, last: int) -> dict[str, Any]:
 
 
 def personal_step(
-    worker: Any,
+    worker: ClientWorker,
     sent: Tensors,
     private: Tensors,
     rnd: Round,
     alphas: Mapping[str, float] | None = None,
-    **how: Any,
-) -> tuple[Tensors, Tensors, dict[str, float]]:
+    phases: Sequence[Phase] = (),
+    penalty: Penalty | None = None,
+) -> LocalResult:
     """Trains both groups as one network: the shared one returns, the private one is remembered, both are scored."""
-    trained, _, metrics = worker.train({**private, **sent}, {}, rnd, alphas=alphas, **how)
+    trained, _, metrics = worker.train(
+        {**private, **sent}, {}, rnd, alphas=alphas or {}, phases=phases, penalty=penalty
+    )
     scores = {f"own_{key}": value for key, value in worker.score(trained, alphas).items()}
-    return {name: trained[name] for name in sent}, {name: trained[name] for name in private}, {**metrics, **scores}
+    shared = {name: trained[name] for name in sent}
+    return LocalResult(shared, {name: trained[name] for name in private}, {**metrics, **scores})
 
 
 def head(model: Model) -> dict[str, Any]:

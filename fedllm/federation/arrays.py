@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedllm.algorithms import PRIVATE
 from fedllm.algorithms.networks.fedavg import FedAvg
-from fedllm.core import Algorithm, Client, Model, Round, Tensors
+from fedllm.core import Algorithm, Client, ClientWorker, LocalResult, LocalTraining, Model, Round, Tensors
 from fedllm.data.partition import IID, Dirichlet, Partition, capped, describe, dirichlet_shares
 from fedllm.errors import FedError, Unreachable
 from fedllm.federation.budget import Level, assign, totals
@@ -36,49 +36,47 @@ LEVELS = {f"b{i}": (i / 4, i) for i in range(1, 5)}
 
 
 @dataclass
-class Echo:
-    """A seat that returns what it is sent, and notes what it would have trained: what travels, without training."""
+class DryRunClient(ClientWorker):
+    """A client that returns what it is sent and notes what it would have trained: the plan needs no training."""
 
-    model: Model
+    federation: ArrayFederation
     client: Client
-    steps: int
-    labels: Tensor
-    shared: Model
-    shape: tuple[int, ...]
-    alpha: float
     trained: dict[str, Tensor] = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
 
-    def train(
-        self,
-        sent: Tensors,
-        memory: Tensors,
-        rnd: Round,
-        frozen: Tensors | None = None,
-        nested: Tensors | None = None,
-        part: tuple[float, float] = (0.0, 1.0),
-        **options: Any,
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    @property
+    def steps(self) -> int:
+        return self.federation.settings.steps_for(len(self.federation.parts[self.client.id]))
+
+    @property
+    def model(self) -> Model:
+        return self.federation.own.get(self.client.level, self.federation.model)
+
+    @property
+    def shared(self) -> Model:
+        return self.federation.model
+
+    @property
+    def labels(self) -> Tensor:
+        return self.federation.labels_of(self.client)
+
+    def fit(self, request: LocalTraining) -> LocalResult:
+        sent, nested = request.weights, request.nested
         products = {name: value for name, value in sent.items() if isinstance(value, LowRank)}
         whole = {name: value for name, value in sent.items() if name not in products}
-        others = {name: value for name, value in (frozen or {}).items() if name not in (self.model.frozen or {})}
-        beside = options.get("network") is not None  # the papers count a client's own network, which it uses
+        others = {name: value for name, value in request.frozen.items() if name not in (self.model.frozen or {})}
+        beside = request.network is not None  # the papers count a client's own network, which it uses
         self.trained = dict(self.model.weights) if beside else plain(self.model, {**others, **whole})
-        self.trained |= unfolded(products, self.alpha) | unfolded(nested or {}, self.alpha)
-        self.alphas = {SHARED: self.alpha, **(options.get("alphas") or {})}
-        return {**whole, **(nested or products)}, memory, {}
+        alpha = self.federation.settings.alpha
+        self.trained |= unfolded(products, alpha) | unfolded(nested, alpha)
+        self.alphas = {SHARED: alpha, **request.alphas}
+        return LocalResult({**whole, **(nested or products)}, request.memory, {})
 
-    def outputs(
-        self, weights: Tensors, forward: Callable[[Any, Tensor], Tensor] = output
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def outputs(self, weights: Tensors, forward: Callable[..., Any] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Zeros, an example of each class."""
-        assert self.model.make is not None
         net = self.model.make()
-        x = torch.zeros(len(self.labels), *self.shape, device="meta")
-        yield torch.zeros(forward(net, x).shape), self.labels
-
-    def score(self, weights: Tensors, *how: Any, **options: Any) -> dict[str, float]:
-        return {}
+        x = torch.zeros(len(self.labels), *self.federation.task.shape, device="meta")
+        yield torch.zeros((forward or output)(net, x).shape), self.labels
 
 
 class ArrayFederation:
@@ -292,29 +290,24 @@ class ArrayFederation:
             self.guessed = True
             return min(most or self.task.rows[split], self.task.rows[split])
 
-    def _labels_of(self, client: Client) -> Tensor:
+    def labels_of(self, client: Client) -> Tensor:
         """The classes that a client has, ascending; all of them where nobody knows."""
         if self.labels is None:
             return torch.arange(self.task.classes)
         return torch.from_numpy(np.unique(np.asarray(self.labels)[self.parts[client.id]]))
 
-    def _visit(self, state: Tensors, client: Client, rnd: Round) -> tuple[Tensors, Tensors, Echo]:
+    def _visit(self, state: Tensors, client: Client, rnd: Round) -> tuple[Tensors, Tensors, DryRunClient]:
         """What the client is sent, what it returns, and what it trains."""
-        rows = self.parts[client.id]
-        labels = self._labels_of(client)
-        own = self.own.get(client.level, self.model)
-        steps = self.settings.steps_for(len(rows))
-        seat = Echo(own, client, steps, labels, self.model, self.task.shape, self.settings.alpha)
+        dry = DryRunClient(self, client)
         sent = ledger.canonical(self.recipe.algorithm.download(state, client, rnd))
-        returned, _, _ = self.recipe.algorithm.local(seat, sent, {}, rnd)
-        return sent, returned, seat
+        returned, _, _ = self.recipe.algorithm.local(dry, sent, {}, rnd)
+        return sent, returned, dry
 
     def _levels(self, state: Tensors, first: int, suffix: str) -> Iterator[Level]:
         rnd = Round(first, self.recipe.run.seed, rounds=self.recipe.run.rounds)
         for level, client in {level_of(client): client for client in self.clients}.items():
-            sent, returned, seat = self._visit(state, client, rnd)
-            assert seat.model.make is not None
-            net: nn.Module = fitted(seat.model.make(), seat.trained, seat.alphas, frozen=seat.model.frozen or ())
+            sent, returned, dry = self._visit(state, client, rnd)
+            net: nn.Module = fitted(dry.model.make(), dry.trained, dry.alphas, frozen=dry.model.frozen or ())
             cost = forward_cost(net, self.task.shape, self.task.dtype).total
             params = sum(p.numel() for p in net.parameters())
             yield Level(level + suffix, params, cost, sizes(sent), sizes(returned))
@@ -324,7 +317,7 @@ class ArrayFederation:
         rnd = Round(1, self.recipe.run.seed, rounds=self.recipe.run.rounds)
         bytes_of: dict[tuple[str, int], tuple[int, int]] = {}
         for client in self.clients:
-            alike = level_of(client), len(self._labels_of(client))
+            alike = level_of(client), len(self.labels_of(client))
             if alike not in bytes_of:
                 sent, returned, _ = self._visit(state, client, rnd)
                 bytes_of[alike] = ledger.size(sent), ledger.size(returned)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedllm.algorithms import ALGORITHMS
 from fedllm.algorithms.lora.fedit import FedIT
-from fedllm.core import Client, Model, Round, Tensors, within
+from fedllm.core import Client, ClientWorker, LocalResult, LocalTraining, Model, Round, Score, Tensors, within
 from fedllm.data.encoding import Encoded, encode
 from fedllm.data.partition import IID, describe
 from fedllm.errors import FedError, Unreachable
@@ -26,17 +26,17 @@ from fedllm.sandbox.runner import require
 from fedllm.storage import peft_folder as adapters
 from fedllm.wire import serialization as ledger
 from fedllm.workers.lora import target_shapes
-from fedllm.workers.scoring import Score, device, measured
+from fedllm.workers.scoring import device, measured
 from fedllm.workers.settings import SFT
-from fedllm.workers.sft import Seat, SFTWorker, processes
+from fedllm.workers.sft import SFTClient, SFTWorker, processes
 from fedllm.workers.sft_own_models import OwnWorker
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Echo:
-    """A worker that returns what it is sent: what travels, without training.
+class DryRunClient(ClientWorker):
+    """A client that returns what it is sent: the plan learns what travels, without training.
 
     Args:
         federation: where the client takes part.
@@ -51,16 +51,19 @@ class Echo:
         """The client's adapter, where the rule leaves it with the client."""
         return self.federation.own(self.client)
 
-    def train(self, adapter: Tensors, memory: Tensors, rnd: Round, nested: Tensors | None = None, **others: Any) -> Any:
-        return adapter if nested is None else nested, memory, {}
+    @property
+    def steps(self) -> int:
+        return self.federation.settings.steps_for(len(self.federation.rows[self.client.id]))
 
-    def outputs(self, weights: Tensors) -> Iterator[tuple[Tensor, Tensor]]:
+    def fit(self, request: LocalTraining) -> LocalResult:
+        return LocalResult(request.nested or request.weights, request.memory, {})
+
+    def outputs(
+        self, weights: Tensors, forward: Callable[..., object] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Zeros, an answer for each label; a few at a time, vocabularies are wide."""
         for y in self.federation.labels(self.client).split(64):
             yield torch.zeros(len(y), self.federation.classes), y
-
-    def score(self, weights: Tensors) -> dict[str, float]:
-        return {}
 
 
 class TextFederation:
@@ -199,7 +202,7 @@ class TextFederation:
         for client in self.clients:
             rows, rank = self.rows[client.id], client.rank
             sent = algorithm.download(state, client, rnd)
-            returned, _, _ = algorithm.local(Echo(self, client), sent, {}, rnd)
+            returned, _, _ = algorithm.local(DryRunClient(self, client), sent, {}, rnd)
             steps = self.settings.steps_for(len(rows))
             passes = steps / self.settings.steps_in_epoch(len(rows))
             adapter = rank * sum(d_out + d_in for d_out, d_in in self.shapes[client.level].values())
@@ -307,7 +310,7 @@ class TextWorker:
         self.federation, self.tokenizer = federation, federation.tokenizer
         self.sft = SFTWorker(recipe.worker, base, self.tokenizer, federation.rows, recipe.run.rounds, on_step)
 
-    def of(self, client: Client) -> Seat:
+    def of(self, client: Client) -> SFTClient:
         return self.sft.of(client)
 
     def evaluate(self, update: Tensors) -> Score:

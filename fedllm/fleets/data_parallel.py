@@ -7,16 +7,27 @@ the same breath, so the algorithm runs in one process only.
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from fedllm.core import Algorithm, Client, Display, Fleet, Round, Tensors, Worker
+from fedllm.core import (
+    Algorithm,
+    Client,
+    ClientWorker,
+    Display,
+    Fleet,
+    LocalResult,
+    LocalTraining,
+    Round,
+    Score,
+    Tensors,
+    Worker,
+)
 from fedllm.fleets.interrupt import once
 from fedllm.fleets.local import Local
 from fedllm.fleets.processes import Gone, Processes
@@ -43,7 +54,7 @@ def ready(processes: Processes, recipe: Any) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def lead(processes: Processes, worker: Any, display: Display, *, tolerant: bool = True) -> tuple[Worker, Fleet]:
+def lead(processes: Processes, worker: Worker, display: Display, *, tolerant: bool = True) -> tuple[Worker, Fleet]:
     """Rank 0's worker, whose work all processes share, and the fleet of one that hands clients to it.
 
     Args:
@@ -51,10 +62,10 @@ def lead(processes: Processes, worker: Any, display: Display, *, tolerant: bool 
     """
     if processes.size == 1:
         return worker, Local(display, tolerant)
-    return Led(processes, worker), Local(display, tolerant=False)
+    return BroadcastWorker(processes, worker), Local(display, tolerant=False)
 
 
-def serve(processes: Processes, make: Callable[[], tuple[Algorithm, Any]]) -> None:
+def serve(processes: Processes, make: Callable[[], tuple[Algorithm, Worker]]) -> None:
     """What every rank but 0 does until rank 0 leaves or is gone: what rank 0's worker is asked to do."""
     with suppress(Gone), once():
         order, groups = unpack(processes.receive(0))
@@ -67,62 +78,64 @@ def serve(processes: Processes, make: Callable[[], tuple[Algorithm, Any]]) -> No
 
 
 @dataclass(frozen=True)
-class Led:
+class BroadcastWorker(Worker):
     """Rank 0's worker: every call goes to the other processes first."""
 
     processes: Processes
-    worker: Any
+    worker: Worker
 
-    def of(self, client: Client) -> LedSeat:
+    def of(self, client: Client) -> BroadcastClient:
         """This worker, standing for ``client``."""
-        return LedSeat(self.processes, self.worker.of(client), client)
+        return BroadcastClient(self.processes, self.worker.of(client), client)
 
-    def evaluate(self, update: Tensors) -> Any:
+    def evaluate(self, update: Tensors) -> Score:
         """The worker's own; a sharded model needs all processes to compute anything."""
         self.processes.share(pack({"do": "evaluate"}, {"update": update}))
         return self.worker.evaluate(update)
 
 
 @dataclass(frozen=True)
-class LedSeat:
-    """Rank 0's worker, standing for one client."""
+class BroadcastClient(ClientWorker):
+    """Rank 0's view of one client: what it is asked to train, the other processes train with it."""
 
     processes: Processes
-    seat: Any
+    inner: ClientWorker
     client: Client
 
     @property
     def steps(self) -> int:
-        """Optimizer steps in a round."""
-        return self.seat.steps
+        return self.inner.steps
 
-    def train(
-        self,
-        adapter: Tensors,
-        memory: Tensors,
-        rnd: Round,
-        frozen: Tensors | None = None,
-        nested: Tensors | None = None,
-        part: Sequence[float] = (0.0, 1.0),
-        factors: str = "BA",
-    ) -> Any:
-        """See ``fedllm.workers.sft.Seat.train``."""
-        groups = {"adapter": adapter, "memory": memory, "frozen": frozen or {}, "nested": nested or {}}
-        order = {"client": dataclasses.asdict(self.client), "round": dataclasses.asdict(rnd)}
-        self.processes.share(pack({"do": "train", "part": part, "factors": factors, **order}, groups))
-        return self.seat.train(**groups, rnd=rnd, part=part, factors=factors)
+    def fit(self, request: LocalTraining) -> LocalResult:
+        request.only(f"a client that {self.processes.size} processes train together", *SENT)
+        self.processes.share(pack_training(self.client, request))
+        return self.inner.fit(request)
 
-    def score(self, update: Tensors) -> dict[str, float]:
+    def score(
+        self, weights: Tensors, alphas: Mapping[str, float] | None = None, forward: Callable[..., object] | None = None
+    ) -> dict[str, float]:
         """Rank 0's own, which asks nothing of the model."""
-        return self.seat.score(update)
+        return self.inner.score(weights, alphas, forward)
 
 
-def _train(worker: Any, order: Mapping[str, Any], groups: Mapping[str, Tensors]) -> None:
-    seat = worker.of(Client(**order["client"]))
-    seat.train(**groups, rnd=Round(**order["round"]), part=order["part"], factors=order["factors"])
+SENT = ("frozen", "nested", "part", "factors")
+"""The options of a request that travel; a function cannot."""
 
 
-def _evaluate(worker: Any, order: Mapping[str, Any], groups: Mapping[str, Tensors]) -> None:
+def pack_training(client: Client, request: LocalTraining) -> bytes:
+    note = {"do": "train", "client": asdict(client), "round": asdict(request.rnd)}
+    options = {"part": request.part, "factors": request.factors}
+    groups = {"weights": request.weights, "memory": request.memory}
+    return pack(note | options, groups | {"frozen": request.frozen, "nested": request.nested})
+
+
+def _train(worker: Worker, order: Mapping[str, Any], groups: Mapping[str, Tensors]) -> None:
+    first, last = order["part"]
+    options: dict[str, Any] = {"part": (first, last), "factors": order["factors"], **groups}
+    worker.of(Client(**order["client"])).train(rnd=Round(**order["round"]), **options)
+
+
+def _evaluate(worker: Worker, order: Mapping[str, Any], groups: Mapping[str, Tensors]) -> None:
     worker.evaluate(groups["update"])
 
 

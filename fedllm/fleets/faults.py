@@ -9,7 +9,20 @@ import torch
 from torch import Tensor
 
 from fedllm.config.types import NonNegative, Real, Share
-from fedllm.core import Algorithm, Client, Failed, Fleet, Job, Reply, Round, Tensors, Worker, under, within
+from fedllm.core import (
+    Algorithm,
+    Client,
+    ClientResult,
+    Failed,
+    Fleet,
+    Job,
+    Reply,
+    Round,
+    Tensors,
+    Worker,
+    under,
+    within,
+)
 from fedllm.errors import FedError
 from fedllm.lowrank import LowRank
 from fedllm.mean import pad
@@ -81,23 +94,22 @@ class Faulty:
     fleet: Fleet
     faults: Faults
 
-    def run(
-        self, algorithm: Algorithm, worker: Worker, jobs: Sequence[Job], rnd: Round
-    ) -> Iterator[tuple[Reply | Failed, Tensors]]:
+    def run(self, algorithm: Algorithm, worker: Worker, jobs: Sequence[Job], rnd: Round) -> Iterator[ClientResult]:
         kinds = {job.client.id: self.faults.of(job.client, rnd) for job in jobs}
         there = [replace(job, memory=_own(job.memory)) for job in jobs if kinds[job.client.id] != "drop"]
         answers = self.fleet.run(algorithm, worker, there, rnd)
         for job in jobs:
             if kinds[job.client.id] == "drop":
-                yield Failed(job.client, "it dropped out (a fault on purpose)"), job.memory
+                yield ClientResult(Failed(job.client, "it dropped out (a fault on purpose)"), job.memory)
                 continue
             done, memory = next(answers)
             last = within(LAST, job.memory)
             if isinstance(done, Failed):
-                yield done, {**memory, **under(LAST, last)}
+                yield ClientResult(done, {**memory, **under(LAST, last)})
                 continue
             reply = self._spoilt(done, kinds[job.client.id], last, rnd)
-            yield reply, {**memory, **under(LAST, reply.returned if self.faults.stale else {})}
+            sent = under(LAST, reply.returned if self.faults.stale else {})
+            yield ClientResult(reply, {**memory, **sent})
 
     def _spoilt(self, reply: Reply, kind: str, last: Tensors, rnd: Round) -> Reply:
         if kind == "straggle":

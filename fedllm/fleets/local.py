@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fedllm.core import Algorithm, Display, Failed, Job, Reply, Round, Tensors, Worker
+from fedllm.core import Algorithm, ClientResult, Display, Job, Round, Worker
 from fedllm.fleets.train_client import attempt
 
 
@@ -16,9 +16,7 @@ class Local:
     display: Display
     tolerant: bool = True
 
-    def run(
-        self, algorithm: Algorithm, worker: Worker, jobs: Sequence[Job], rnd: Round
-    ) -> Iterator[tuple[Reply | Failed, Tensors]]:
+    def run(self, algorithm: Algorithm, worker: Worker, jobs: Sequence[Job], rnd: Round) -> Iterator[ClientResult]:
         for job in jobs:
             self.display.client(job.client.id)
             yield attempt(algorithm, worker, job, rnd, tolerant=self.tolerant)

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from fedllm.core import Algorithm, Client, Display, Failed, Fleet, Job, Reply, Round, Tensors, Worker
+from fedllm.core import Algorithm, Client, ClientResult, Display, Failed, Fleet, Job, Reply, Round, Worker
 from fedllm.errors import FedError
 from fedllm.fleets.interrupt import once
 from fedllm.fleets.local import Local
@@ -45,9 +45,7 @@ class Accelerate:
     display: Display
     tolerant: bool = True
 
-    def run(
-        self, algorithm: Algorithm, worker: Worker, jobs: Sequence[Job], rnd: Round
-    ) -> Iterator[tuple[Reply | Failed, Tensors]]:
+    def run(self, algorithm: Algorithm, worker: Worker, jobs: Sequence[Job], rnd: Round) -> Iterator[ClientResult]:
         shares = spread([cost(worker, job.client) for job in jobs], self.processes.size)
         for rank, share in enumerate(shares[1:], start=1):
             order = {"do": "train", "round": dataclasses.asdict(rnd), "jobs": len(share), "tolerant": self.tolerant}
@@ -56,7 +54,7 @@ class Accelerate:
                 job = jobs[place]
                 note = {"client": dataclasses.asdict(job.client)}
                 self.processes.send(pack(note, {"sent": job.sent, "memory": job.memory}), rank)
-        finished: dict[int, tuple[Reply | Failed, Tensors]] = {}
+        finished: dict[int, ClientResult] = {}
         own = Local(self.display, self.tolerant).run(algorithm, worker, [jobs[place] for place in shares[0]], rnd)
         for place, done in zip(shares[0], own, strict=True):
             finished[place] = done
@@ -68,13 +66,14 @@ class Accelerate:
             yield finished.pop(place)
 
 
-def _taken(message: bytes, job: Job) -> tuple[Reply | Failed, Tensors]:
+def _taken(message: bytes, job: Job) -> ClientResult:
     note, groups = unpack(message)
     if "stop" in note:
         raise FedError(f"client {job.client.id} ended the run: {note['stop']}")
     if "failed" in note:
-        return Failed(job.client, note["failed"]), groups["memory"]
-    return Reply(job.client, job.sent, groups["returned"], note["metrics"]), groups["memory"]
+        return ClientResult(Failed(job.client, note["failed"]), groups["memory"])
+    reply = Reply(job.client, job.sent, groups["returned"], note["metrics"])
+    return ClientResult(reply, groups["memory"])
 
 
 def serve(processes: Processes, make: Callable[[], tuple[Algorithm, Worker]]) -> None:

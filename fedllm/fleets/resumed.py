@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fedllm.core import Algorithm, Failed, Fleet, Job, Reply, Round, Tensors, Worker
+from fedllm.core import Algorithm, ClientResult, Fleet, Job, Reply, Round, Worker
 
 
 @dataclass(frozen=True)
@@ -18,19 +18,16 @@ class Waiting:
 
     fleet: Fleet
     rnd: Round | None
-    finished: Sequence[tuple[Reply | Failed, Tensors]]
+    finished: Sequence[ClientResult]
 
-    def run(
-        self, algorithm: Algorithm, worker: Worker, jobs: Sequence[Job], rnd: Round
-    ) -> Iterator[tuple[Reply | Failed, Tensors]]:
-        done = {ended.client.id: (ended, memory) for ended, memory in self.finished} if rnd == self.rnd else {}
+    def run(self, algorithm: Algorithm, worker: Worker, jobs: Sequence[Job], rnd: Round) -> Iterator[ClientResult]:
+        done = {result.outcome.client.id: result for result in self.finished} if rnd == self.rnd else {}
         rest = self.fleet.run(algorithm, worker, [job for job in jobs if job.client.id not in done], rnd)
         for job in jobs:
             if job.client.id not in done:
                 yield next(rest)
                 continue
             ended, memory = done[job.client.id]
-            yield (
-                ended if isinstance(ended, Failed) else Reply(job.client, job.sent, ended.returned, ended.metrics),
-                memory,
-            )
+            if isinstance(ended, Reply):
+                ended = Reply(job.client, job.sent, ended.returned, ended.metrics)
+            yield ClientResult(ended, memory)

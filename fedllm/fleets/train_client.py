@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from fedllm.core import Algorithm, Failed, Job, Reply, Round, Tensors, Worker
+from fedllm.core import Algorithm, ClientResult, Failed, Job, Reply, Round, Worker
 from fedllm.wire.serialization import canonical
 
 
-def attempt(
-    algorithm: Algorithm, worker: Worker, job: Job, rnd: Round, *, tolerant: bool = True
-) -> tuple[Reply | Failed, Tensors]:
+def attempt(algorithm: Algorithm, worker: Worker, job: Job, rnd: Round, *, tolerant: bool = True) -> ClientResult:
     """The client's reply and new memory; or, where its training raises, why it failed and the memory it had.
 
     Args:
@@ -23,10 +21,10 @@ def attempt(
             raise
         reason = _reason(error)
     else:
-        return Reply(job.client, job.sent, canonical(returned), metrics), memory
+        return ClientResult(Reply(job.client, job.sent, canonical(returned), metrics), memory)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # outside the handler: the traceback held the frames, and they the tensors
-    return Failed(job.client, reason), job.memory
+    return ClientResult(Failed(job.client, reason), job.memory)
 
 
 def _reason(error: Exception) -> str:

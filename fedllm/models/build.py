@@ -4,51 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fedllm.errors import FedError
-from fedllm.models.submodel import Anatomy
+from fedllm.structure import FedModel
 
 Net = TypeVar("Net", bound=nn.Module)
-
-
-class Features(NamedTuple):
-    """What a classifier makes of ``N`` inputs on the way to its classes.
-
-    Args:
-        hidden: after the first linear layer where there are several, or else the representation, ``(N, units)``.
-        representation: what the last linear layer reads, ``(N, d)``.
-        logits: ``(N, classes)``.
-    """
-
-    hidden: Tensor
-    representation: Tensor
-    logits: Tensor
-
-
-class FedModel(nn.Module):
-    """A model that names its parts and draws its own initial weights."""
-
-    def anatomy(self) -> Anatomy:
-        """The channel groups, numbered layers, blocks and heads."""
-        raise NotImplementedError
-
-    def legacy_anatomy(self) -> Anatomy:
-        """Every convolution a group of its own, residual streams or not; without any, the anatomy itself."""
-        return self.anatomy()
-
-    def features(self, x: Tensor) -> Features:
-        """What rules that share less than weights look at."""
-        raise FedError(
-            f"a {type(self).__name__} shows no representation, which this algorithm shares: take model.name=yi1 or cnn."
-        )
-
-    def initialize(self, generator: torch.Generator) -> None:
-        """Draws every parameter in the order of the modules, and resets the buffers."""
-        raise NotImplementedError
 
 
 F = TypeVar("F", bound=FedModel)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from fedllm.errors import FedError
-from fedllm.models.build import NORM_TENSORS, Features, FedModel, fan_out, norm2d, reset, uniform
+from fedllm.models.build import NORM_TENSORS, fan_out, norm2d, reset, uniform
 from fedllm.models.resnet import Head
-from fedllm.models.submodel import Anatomy, Cut, kept
+from fedllm.models.submodel import kept
+from fedllm.structure import Anatomy, Cut, Features, FedModel
 
 YI_SIZES = ((32, 2000), (16, 2000), (32, 1000), (32, 800), (32, 500))
 """CNN-1 to CNN-5: filters of the second convolution, units of FC1. CNN-4's printed 3.81 MB fits no FC1 near 800."""

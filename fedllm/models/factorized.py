@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedllm.errors import FedError
 from fedllm.lowrank import LowRank, smallest, truncate_dense
 from fedllm.models.build import replace
-from fedllm.models.submodel import Anatomy
+from fedllm.structure import Anatomy
 
 Factors = tuple[Tensor, Tensor]
 Net = TypeVar("Net", bound=nn.Module)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fedllm.models.build import FedModel, fan_out, norm2d, reset
+from fedllm.models.build import fan_out, norm2d, reset
 from fedllm.models.resnet import WIDTHS, Head, Shortcut, Stem
-from fedllm.models.submodel import Anatomy
+from fedllm.structure import Anatomy, FedModel
 
 
 class BasisConv(nn.Module):
@@ -91,10 +91,6 @@ class FlancResNet(FedModel):
                     module.conv1.basis.copy_(both[:n_b].reshape(n_b, b, k, k))
                     module.conv2.basis.copy_(both[n_b:].reshape(n_b, b, k, k))
 
-    def bases(self) -> dict[str, Tensor]:
-        """The parameters that clients of every width share."""
-        return {name: p for name, p in self.named_parameters() if name.endswith(".basis")}
-
     def anatomy(self) -> Anatomy:
         """Numbered as ResNet-18; nothing is sliced and nothing is factorised: the widths share their bases whole."""
         convs = [
@@ -105,10 +101,15 @@ class FlancResNet(FedModel):
         return Anatomy(groups={}, axes={}, layers=layers, whole=layers, blocks=blocks, heads=("head",))
 
 
-def orthogonality(model: FlancResNet) -> Tensor:
+def bases(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that clients of every width share."""
+    return {name: p for name, p in model.named_parameters() if name.endswith(".basis")}
+
+
+def orthogonality(model: nn.Module) -> Tensor:
     """``sum_banks mean((B B^T - I)^2)``, B the ``(n_b, 9 b)`` basis; FLANC adds it with coefficient 10."""
     terms = []
-    for basis in model.bases().values():
+    for basis in bases(model).values():
         B = basis.flatten(1)
         terms.append((B @ B.T - torch.eye(B.shape[0], device=B.device, dtype=B.dtype)).square().mean())
     return torch.stack(terms).sum()

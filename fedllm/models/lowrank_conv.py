@@ -18,7 +18,7 @@ from fedllm.core import Model, Round, Tensors
 from fedllm.errors import FedError
 from fedllm.lowrank import LowRank
 from fedllm.models import build
-from fedllm.models.submodel import Anatomy
+from fedllm.structure import Anatomy
 
 SHARED = "shared"
 """The pair that stands for a rule's low-rank update of a frozen convolution."""
@@ -179,7 +179,6 @@ def freeze(model: Model, w0: Literal["zero", "keep"], alpha: float, rnd: Round) 
     Raises:
         FedError: it has no such convolution.
     """
-    assert model.make is not None
     names = [f"{layer}.weight" for layer in adaptable(model.make(), model.anatomy)]
     if not names:
         raise FedError(

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from fedllm.config.types import Count, Whole
 from fedllm.core import Client
 from fedllm.errors import FedError
-from fedllm.models.build import FedModel, describe
+from fedllm.models.build import describe
 from fedllm.models.cnn import SMALL_WIDTHS, SmallCNN, YiCNN
 from fedllm.models.factorized import factorize
 from fedllm.models.flanc import FlancResNet
 from fedllm.models.lowrank_conv import Spec, adapt
 from fedllm.models.resnet import ExitResNet, GrowingResNet, ResNet, Scaler
 from fedllm.models.transformer import MaskedLM
+from fedllm.structure import FedModel
 
 Make = Callable[..., FedModel]
 

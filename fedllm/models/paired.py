@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fedllm.models.build import FedModel
+from fedllm.structure import FedModel
 
 
 class Beside(FedModel):

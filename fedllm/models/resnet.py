@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fedllm.errors import FedError
-from fedllm.models.build import NORM_TENSORS, FedModel, fan_out, norm2d, reset
-from fedllm.models.submodel import Anatomy, Cut, kept
+from fedllm.models.build import NORM_TENSORS, fan_out, norm2d, reset
+from fedllm.models.submodel import kept
+from fedllm.structure import Anatomy, Cut, FedModel
 
 WIDTHS = (64, 128, 256, 512)
 

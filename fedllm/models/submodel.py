@@ -9,84 +9,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
 from fedllm.errors import FedError
+from fedllm.structure import Anatomy, Cut
 
 Weights = Mapping[str, Tensor]
 Channels = Mapping[str, Tensor]
 """Group -> the channels kept of it, ``(n,)`` int64, in the order in which the client holds them."""
 Index = Mapping[str, tuple[Tensor | None, ...]]
 """Weight -> per axis the entries kept, ``(n,)`` int64 or None for all. A weight that is not named is kept whole."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """One axis of a weight that runs over a channel group: it has ``outer * size * inner`` entries.
-
-    Args:
-        group: the channels' name. Axes of one group lose the same channels; a residual stream is one group.
-        outer: repetitions around the channels (attention heads of ``size`` channels each).
-        inner: consecutive entries of each channel (pixels of a flattened feature map).
-    """
-
-    group: str
-    outer: int = 1
-    inner: int = 1
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """What a model says of itself, so that one code slices all of them.
-
-    Args:
-        groups: channel group -> its number of channels in the full model.
-        axes: weight name -> a ``Cut`` or None (never sliced) per axis.
-        layers: module names of the numbered layers; the first is number 1 (FedLMT's rho counts them).
-        whole: numbered layers that are never factorised.
-        blocks: module names by block; a model of depth b holds blocks 0 to b (block 0: the stem and whatever all hold).
-        heads: modules whose output is logits, by the depth of their block.
-    """
-
-    groups: Mapping[str, int]
-    axes: Mapping[str, tuple[Cut | None, ...]]
-    layers: tuple[str, ...]
-    whole: tuple[str, ...]
-    blocks: tuple[tuple[str, ...], ...]
-    heads: tuple[str, ...]
-
-    def factorable(self, rho: int) -> tuple[str, ...]:
-        """The numbered layers after the first ``rho`` that may be factorised (FedLMT, Def. 3.1)."""
-        if not 0 <= rho <= len(self.layers):
-            raise FedError(f"rho counts the undecomposed layers, 0 to {len(self.layers)} for this model, got {rho}.")
-        return tuple(name for name in self.layers[rho:] if name not in self.whole)
-
-    def numbers(self, names: Iterable[str]) -> dict[str, int]:
-        """The numbered layer that every weight goes with.
-
-        Args:
-            names: weight names in the model's own order: one without a number (a norm, a shortcut) goes with the
-                numbered layer before it.
-        """
-        number, of = 0, {}
-        for name in names:
-            own = [i for i, layer in enumerate(self.layers, start=1) if _inside(name, layer)]
-            number = own[0] if own else number
-            of[name] = number
-        return of
-
-    def depths(self, names: Iterable[str]) -> dict[str, int]:
-        """The smallest depth that holds each weight."""
-        of = {}
-        for name in names:
-            found = [b for b, modules in enumerate(self.blocks) if any(_inside(name, module) for module in modules)]
-            if not found:
-                raise FedError(f"{name} is in no block of this model: declare it in one of {len(self.blocks)} blocks.")
-            of[name] = found[0]
-        return of
 
 
 def written(anatomy: Anatomy) -> Tensor:
@@ -102,10 +37,6 @@ def read(text: Tensor) -> Anatomy:
     }
     groups, blocks = fields.pop("groups"), tuple(tuple(block) for block in fields.pop("blocks"))
     return Anatomy(groups=groups, axes=axes, blocks=blocks, **{key: tuple(value) for key, value in fields.items()})
-
-
-def _inside(name: str, module: str) -> bool:
-    return name.startswith(f"{module}.")
 
 
 def at_depth(anatomy: Anatomy, weights: Weights, depth: int | None) -> dict[str, Tensor]:

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fedllm.models.build import FedModel
-from fedllm.models.submodel import Anatomy, Cut, kept
+from fedllm.models.submodel import kept
+from fedllm.structure import Anatomy, Cut, FedModel
 
 WIKITEXT2_WORDS = 33_278
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedllm.core import Client, Failed, Reply, Round, Tensors
+from fedllm.core import Client, ClientResult, Failed, Reply, Round, Tensors
 from fedllm.errors import FedError
 from fedllm.wire.messages import pack, unpack
 from fedllm.wire.serialization import flatten, unflatten
@@ -58,7 +58,7 @@ class Checkpoint:
     records: list[dict[str, Any]]
     page: Mapping[str, Any]
     interrupted: Round | None = None
-    finished: Sequence[tuple[Reply | Failed, Tensors]] = ()
+    finished: Sequence[ClientResult] = ()
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -195,12 +195,12 @@ def _packed(ended: Reply | Failed, memory: Tensors) -> bytes:
     return pack(note | {"metrics": dict(ended.metrics)}, {"returned": ended.returned, "memory": memory})
 
 
-def _unpacked(message: bytes) -> tuple[Reply | Failed, Tensors]:
+def _unpacked(message: bytes) -> ClientResult:
     note, groups = unpack(message)
     client = Client(**note["client"])
     if "failed" in note:
-        return Failed(client, note["failed"]), groups["memory"]
-    return Reply(client, {}, groups["returned"], note["metrics"]), groups["memory"]
+        return ClientResult(Failed(client, note["failed"]), groups["memory"])
+    return ClientResult(Reply(client, {}, groups["returned"], note["metrics"]), groups["memory"])
 
 
 def differences(now: Any, then: Any, where: str = "") -> Iterator[str]:

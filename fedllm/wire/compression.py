@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors, under, within
+from fedllm.core import Algorithm, Client, ClientWorker, LocalResult, Model, Reply, Round, Tensors, under, within
 from fedllm.lowrank import LowRank
 
 Precision = Literal["float32", "float16", "int8"]
@@ -125,9 +125,7 @@ class Compressed(Algorithm):
     def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
         return packed(self.inner.download(state, client, rnd), self.down)
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         returned, kept, metrics = self.inner.local(worker, opened(sent), within("inner", memory), rnd)
         residuals: dict[str, LowRank] = {}
         if self.up != "float32":
@@ -136,7 +134,7 @@ class Compressed(Algorithm):
                 if isinstance(M, LowRank) and name in products:
                     M, residuals[name] = fed_back(M, memory.get(f"residual/{name}"), self.up)
                     returned = {**returned, name: M}
-        return packed(returned, self.up), under("inner", kept) | under("residual", residuals), metrics
+        return LocalResult(packed(returned, self.up), under("inner", kept) | under("residual", residuals), metrics)
 
     def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
         return self.inner.aggregate(state, [self._exact(state, reply, rnd) for reply in replies], rnd)

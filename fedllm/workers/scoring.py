@@ -1,22 +1,14 @@
-"""What an evaluation gives, and how a language model is evaluated."""
+"""Evaluates a language model on held-out rows."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from fedllm.core import Score
 from fedllm.models.inference import answers, held_out_loss
-
-
-@dataclass(frozen=True)
-class Score:
-    """Metrics of one evaluation, and the raw generations they were computed from."""
-
-    metrics: dict[str, float]
-    generations: list[dict[str, Any]]
 
 
 def measured(model: nn.Module, federation: Any) -> Score:

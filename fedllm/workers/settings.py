@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
-
-from torch import Tensor
 
 from fedllm.config.types import Count, NonNegative, PartShare, Positive, Share, needs
 from fedllm.errors import FedError
@@ -16,10 +13,6 @@ from fedllm.models.language import LanguageModel
 from fedllm.models.network import Network
 from fedllm.tasks.arrays import Arrays
 from fedllm.tasks.task import Task
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""Of the logits ``(N, V)``, float32, and the tokens ``(N,)`` of a batch's completions: the mean, in nats a token."""
-
 
 ALPHA = "a number above 0, or a multiple of the rank such as 2r"
 """What ``worker.alpha`` is."""

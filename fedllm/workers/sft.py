@@ -14,67 +14,40 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedllm.core import Client, Round, Tensors
+from fedllm.core import Client, ClientWorker, LocalResult, LocalTraining, Tensors
 from fedllm.data.encoding import Encoded
-from fedllm.lowrank import LowRank
 from fedllm.workers.lora import FROZEN, TRAINED, LoRALayers
-from fedllm.workers.settings import SFT, Loss
+from fedllm.workers.settings import SFT
 
 
 @dataclass(frozen=True)
-class Seat:
-    """The worker, standing for one client."""
+class SFTClient(ClientWorker):
+    """One client's view of the worker."""
 
     worker: SFTWorker
     client: Client
 
     @property
     def steps(self) -> int:
-        """Optimizer steps in a round."""
         return self.worker.settings.steps_for(len(self.worker.rows[self.client.id]))
 
-    def train(
-        self,
-        adapter: Tensors,
-        memory: Tensors,
-        rnd: Round,
-        frozen: Tensors | None = None,
-        nested: Tensors | None = None,
-        part: tuple[float, float] = (0.0, 1.0),
-        factors: Literal["BA", "B", "A"] = "BA",
-        loss: Loss | None = None,
-    ) -> tuple[dict[str, LowRank], dict[str, Tensor], dict[str, float]]:
-        """Trains ``adapter`` on this client's rows, on top of the base model plus ``frozen``.
+    def fit(self, request: LocalTraining) -> LocalResult:
+        """Trains products on this client's rows, on top of the base model plus ``request.frozen``.
 
-        Args:
-            adapter: ``B A`` per target module, of any rank; the product with LoRA's scale folded in.
-            memory: what this returned for the client last time.
-            frozen: a further update per target module that is added to the base and not trained.
-            nested: train these products instead, ``B/name (d_out, r)`` and ``A/name (r, d_in)``, each added to that
-                factor of ``adapter`` as PEFT holds it, before LoRA's scale; ``adapter`` stays as it is. The scale is
-                folded into the first factor of B's when they are returned.
-            part: from which to which part of the round's steps this is: (0, 0.4) are the first two of five; one step at
-                least where it has any width.
-            factors: which of the adapter's train; the other comes back as it was sent.
-            loss: of the logits and tokens of a batch's completions, instead of TRL's cross-entropy.
-
-        Returns:
-            The trained products (those of ``nested`` where given), the memory to keep, and ``train_loss`` (nats a
-            token, mean over steps), ``steps``, ``tokens``, ``seconds``.
+        Metrics: ``train_loss`` (nats a token, mean over steps), ``steps``, ``tokens``, ``seconds``.
         """
-        if part[0] == part[1]:
-            return dict(adapter), dict(memory), {}
-        return self.worker.train(self.client, adapter, memory, rnd, frozen or {}, nested or {}, part, factors, loss)
+        request.only("worker.name=sft", "frozen", "nested", "part", "factors", "loss")
+        if request.part[0] == request.part[1]:
+            return LocalResult(request.weights, request.memory, {})
+        return self.worker.fit(self.client, request)
 
-    def score(self, update: Tensors) -> dict[str, float]:
-        """Nothing: held-out rows are the server's, and ``eval.clients`` scores clients' own models on them."""
-        return {}
+    # ``score`` stays empty: held-out rows are the server's, and ``eval.clients`` scores clients' own models on them.
 
 
 class SFTWorker:
@@ -109,37 +82,27 @@ class SFTWorker:
         gc.collect()
         gc.freeze()  # train() collects garbage: 0.2 s a call with a whole model in view
 
-    def of(self, client: Client) -> Seat:
+    def of(self, client: Client) -> SFTClient:
         """This worker, standing for ``client``."""
-        return Seat(self, client)
+        return SFTClient(self, client)
 
-    def train(
-        self,
-        client: Client,
-        adapter: Tensors,
-        memory: Tensors,
-        rnd: Round,
-        frozen: Tensors,
-        nested: Tensors,
-        part: tuple[float, float],
-        factors: str,
-        loss: Loss | None = None,
-    ) -> tuple[dict[str, LowRank], dict[str, Tensor], dict[str, float]]:
-        """See ``Seat.train``."""
+    def fit(self, client: Client, request: LocalTraining) -> LocalResult:
+        """See ``SFTClient.fit``."""
+        memory, nested, part, factors = request.memory, request.nested, request.part, request.factors
         started = time.perf_counter()
         whole = self.settings.steps_for(len(self.rows[client.id]))
-        self.lora.load(TRAINED, adapter)
-        self.lora.load(FROZEN, frozen)
-        self.lora.activate([FROZEN, TRAINED] if frozen else [TRAINED], train=factors)
+        self.lora.load(TRAINED, request.weights)
+        self.lora.load(FROZEN, request.frozen)
+        self.lora.activate([FROZEN, TRAINED] if request.frozen else [TRAINED], train=factors)
         trainer = self.trainer
         trainer.train_dataset = self.rows[client.id]
         trainer.args.max_steps = max(1, round(part[1] * whole) - round(part[0] * whole))
-        trainer.args.learning_rate = self.settings.learning_rate_in(rnd.index, self.rounds)
+        trainer.args.learning_rate = self.settings.learning_rate_in(request.rnd.index, self.rounds)
         trainer.optimizer, trainer.lr_scheduler = None, None
         trainer._total_train_tokens = 0
-        trainer.loss = loss
+        trainer.loss = request.loss
         draws = ("local", client.id) if part[0] == 0.0 else ("local", client.id, part[0])
-        with _own_randomness(rnd.rng(*draws).initial_seed()), self.lora.nested(nested) as inner:
+        with _own_randomness(request.rnd.rng(*draws).initial_seed()), self.lora.nested(nested) as inner:
             trained = inner or self.lora.parameters(factors)
             if self.settings.optimizer == "kept" and memory:
                 self._restore(trainer.create_optimizer(), memory, trained)
@@ -150,7 +113,7 @@ class SFTWorker:
             returned = (
                 self.lora.read_nested(inner, nested)
                 if nested
-                else {n: self.lora.read(self.lora.layers[n]) for n in adapter}
+                else {n: self.lora.read(self.lora.layers[n]) for n in request.weights}
             )
         metrics = {
             "train_loss": float(result.training_loss),
@@ -158,7 +121,7 @@ class SFTWorker:
             "tokens": int(trainer._total_train_tokens),
             "seconds": time.perf_counter() - started,
         }
-        return returned, kept, metrics
+        return LocalResult(returned, kept, metrics)
 
     def serving(self, update: Tensors) -> AbstractContextManager[nn.Module]:
         """The base model plus ``update`` (any rank, or dense), in eval mode, for as long as the context lasts."""

@@ -5,31 +5,27 @@ They answer in the tokens of one vocabulary, so what rules on private networks s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fedllm.core import Client, Model, Round, Tensors
-from fedllm.lowrank import LowRank
+from fedllm.core import Client, ClientWorker, LocalResult, LocalTraining, Model, Score, Tensors
 from fedllm.models import language
-from fedllm.workers.scoring import Score, device, measured
-from fedllm.workers.settings import Loss
+from fedllm.workers.scoring import device, measured
 from fedllm.workers.sft import SFTWorker
 
 
 @dataclass(frozen=True)
-class Seat:
-    """The worker, standing for one client."""
+class OwnModelClient(ClientWorker):
+    """One client's view of the worker."""
 
     worker: OwnWorker
     client: Client
 
     @property
     def steps(self) -> int:
-        """Optimizer steps in a round."""
         federation = self.worker.federation
         return federation.settings.steps_for(len(federation.rows[self.client.id]))
 
@@ -38,24 +34,22 @@ class Seat:
         """The client's adapter before it trains, drawn from the run's seed at no cost in bytes."""
         return self.worker.federation.own(self.client)
 
-    def train(
-        self, sent: Tensors, memory: Tensors, rnd: Round, *, loss: Loss = cross_entropy
-    ) -> tuple[dict[str, LowRank], dict[str, Tensor], dict[str, float]]:
-        """Trains the adapter ``sent`` on this client's rows and base model.
+    def fit(self, request: LocalTraining) -> LocalResult:
+        """Trains the client's adapter on its rows and base model; the memory is not used, and returned.
 
-        Args:
-            memory: not used; it is returned.
-            loss: of the completions' logits ``(N, V)``, V the common vocabulary, and their tokens ``(N,)``. Some models
-                have columns beyond it, which are no tokens.
+        The loss is of the common vocabulary's V columns; some models have columns beyond it, which are no tokens.
         """
-        V = self.worker.federation.classes
-        seat = self.worker.sft(self.client).of(self.client)
-        trained, _, metrics = seat.train(sent, {}, rnd, loss=lambda z, y: loss(z[:, :V], y))
-        return trained, dict(memory), metrics
+        request.only("worker.name=sft with models of the clients' own", "loss")
+        V, loss = self.worker.federation.classes, request.loss or cross_entropy
+        base = self.worker.sft(self.client).of(self.client)
+        trained, _, metrics = base.train(request.weights, {}, request.rnd, loss=lambda z, y: loss(z[:, :V], y))
+        return LocalResult(trained, dict(request.memory), metrics)
 
-    def score(self, adapter: Tensors) -> dict[str, float]:
-        """The scores of this client's base model with ``adapter`` on the held-out rows."""
-        return self.worker.score(self.client, adapter).metrics
+    def score(
+        self, weights: Tensors, alphas: Mapping[str, float] | None = None, forward: Callable[..., object] | None = None
+    ) -> dict[str, float]:
+        """The scores of this client's base model with the adapter ``weights`` on the held-out rows."""
+        return self.worker.score(self.client, weights).metrics
 
 
 class OwnWorker:
@@ -70,9 +64,9 @@ class OwnWorker:
         self.federation, self.on_step = federation, on_step
         self._made: dict[str, SFTWorker] = {}
 
-    def of(self, client: Client) -> Seat:
+    def of(self, client: Client) -> OwnModelClient:
         """This worker, standing for ``client``."""
-        return Seat(self, client)
+        return OwnModelClient(self, client)
 
     def sft(self, client: Client) -> SFTWorker:
         """What trains the clients that have this client's base model."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from trl import SFTTrainer
 
-from fedllm.workers.settings import Loss
+from fedllm.core import Loss
 
 
 class Trainer(SFTTrainer):

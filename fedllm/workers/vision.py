@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedllm.core import Client, Model, Round, Tensors
+from fedllm.core import Client, ClientWorker, LocalResult, LocalTraining, Loss, Model, Phase, Round, Score, Tensors
 from fedllm.lowrank import LowRank
 from fedllm.models.build import with_running_statistics
 from fedllm.models.flops import Meter
@@ -26,10 +26,6 @@ from fedllm.models.lowrank_conv import SHARED, folded, nested_in, plain, unfolde
 from fedllm.models.network import fitted, load, scaled
 from fedllm.tasks.arrays import Arrays, Examples, cross_entropy
 from fedllm.workers.settings import Vision
-
-Loss = Callable[[Any, Tensor], Tensor]
-Phase = tuple[float, Callable[[str], bool]]
-"""A share of a round's steps, and which weights train in it, by name."""
 
 
 def everything(name: str) -> bool:
@@ -41,15 +37,14 @@ def output(net: nn.Module, x: Tensor) -> Any:
 
 
 @dataclass(frozen=True)
-class Seat:
-    """The worker, standing for one client."""
+class VisionClient(ClientWorker):
+    """One client's view of the worker."""
 
     worker: VisionWorker
     client: Client
 
     @property
     def steps(self) -> int:
-        """Optimizer steps in a round."""
         return self.worker.settings.steps_for(len(self.worker.parts[self.client.id]))
 
     @property
@@ -68,59 +63,30 @@ class Seat:
         train, at = self.worker.train_set, self.worker.parts[self.client.id]
         return (train.x if train.y is None else train.y)[at].unique().cpu()
 
-    def train(
-        self,
-        sent: Tensors,
-        memory: Tensors,
-        rnd: Round,
-        frozen: Tensors | None = None,
-        nested: Tensors | None = None,
-        part: tuple[float, float] = (0.0, 1.0),
-        *,
-        loss: Loss = cross_entropy,
-        penalty: Callable[[nn.Module], Tensor] | None = None,
-        phases: Sequence[Phase] = ((1.0, everything),),
-        scale: float = 1.0,
-        alphas: Mapping[str, float] | None = None,
-        network: Callable[[], Any] | None = None,
-        forward: Callable[[Any, Tensor], Any] = output,
-    ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float]]:
-        """Trains ``sent`` on this client's examples.
+    def fit(self, request: LocalTraining) -> LocalResult:
+        """Trains weights of a network on this client's examples; the memory is not used, and returned.
 
-        Args:
-            sent: the weights that train, by name; integer buffers among them come back as they end. Products train
-                beside the frozen convolutions of their names, LoRA's scale folded into B.
-            memory: not used; it is returned.
-            frozen: further weights of the network, which do not train; of frozen convolutions, updates of them.
-            nested: train these products instead, ``B/name (m, r)`` and ``A/name (r, n)``, each added to that factor of
-                the product ``name`` before LoRA's scale; ``name`` stays as it is. The scale is folded into the first
-                factor of B's when they are returned.
-            part: from which to which part of the round's steps this is, one step at least where it has any width.
-            loss: of the network's output and the targets.
-            penalty: a term added to it, of the network.
-            phases: one after the other, their shares sum to 1; momentum goes on from one to the next.
-            scale: HeteroFL's scaler rate.
-            alphas: low-rank pairs among the weights -> LoRA's alpha.
-            network: describes what the weights belong to, by default the client's network.
-            forward: what the loss is of, from the network and a batch of inputs.
-
-        Returns:
-            The trained weights under the names of ``sent`` (the products of ``nested`` in place of its own, where
-            given), the memory, and ``train_loss`` (mean over steps), ``steps``, ``flops``
-            (``fedllm.models.flops.Meter``), ``seconds``.
+        Metrics: ``train_loss`` (mean over steps), ``steps``, ``flops`` (``fedllm.models.flops.Meter``), ``seconds``.
         """
+        options = ("frozen", "nested", "part", "loss", "penalty", "phases", "scale", "alphas", "network", "forward")
+        request.only("worker.name=vision", *options)
+        sent, part, nested, rnd, penalty = request.weights, request.part, request.nested, request.rnd, request.penalty
+        loss: Loss = request.loss or cross_entropy
+        forward = request.forward or output
         if part[0] == part[1]:
-            return dict(sent), dict(memory), {}
+            return LocalResult(dict(sent), dict(request.memory), {})
         started = time.perf_counter()
         worker, settings = self.worker, self.worker.settings
         products = {name: value for name, value in sent.items() if isinstance(value, LowRank)}
         whole = {name: value for name, value in sent.items() if name not in products}
-        pairs, inner = unfolded(products, settings.alpha), nested_in(nested or {})
+        pairs, inner = unfolded(products, settings.alpha), nested_in(nested)
         trained = whole | (inner or pairs)
         net = worker.fitted(
-            {**plain(self.model, frozen or {}), **pairs, **trained}, alphas, network or self.model.make
+            {**plain(self.model, request.frozen), **pairs, **trained},
+            request.alphas,
+            request.network or self.model.make,
         ).train()
-        scaled(net, scale)
+        scaled(net, request.scale)
         params = {name: p for name, p in net.named_parameters() if name in trained}
         for name, p in net.named_parameters():
             p.requires_grad_(name in trained)
@@ -129,7 +95,7 @@ class Seat:
         optimizer = torch.optim.SGD(params.values(), rate, settings.momentum, weight_decay=settings.weight_decay)
         first = round(part[0] * self.steps)
         count = max(1, round(part[1] * self.steps) - first)
-        turns = _turns(phases, count)
+        turns = _turns(request.phases or ((1.0, everything),), count)
         losses = []
         meter = Meter()
         draws = ("local", self.client.id) if part[0] == 0.0 else ("local", self.client.id, part[0])
@@ -157,13 +123,13 @@ class Seat:
         mean = float(torch.stack(losses).mean())
         metrics = {"train_loss": mean, "steps": float(len(losses)), "flops": meter.flops}
         metrics["seconds"] = time.perf_counter() - started
-        return returned, dict(memory), metrics
+        return LocalResult(returned, dict(request.memory), metrics)
 
     def score(
         self,
         weights: Tensors,
         alphas: Mapping[str, float] | None = None,
-        forward: Callable[[Any, Tensor], Any] = output,
+        forward: Callable[..., object] | None = None,
     ) -> dict[str, float]:
         """The task's scores of ``forward(net, x)`` on this client's own test examples, if it has any.
 
@@ -171,25 +137,29 @@ class Seat:
             weights: of the network, or what was learned on top of its frozen ones.
         """
         at = self.worker.test_parts.get(self.client.id)
-        return {} if at is None or not len(at) else self.worker.measure(weights, at, alphas, self.model.make, forward)
+        return (
+            {}
+            if at is None or not len(at)
+            else self.worker.measure(weights, at, alphas, self.model.make, forward or output)
+        )
 
     def outputs(
-        self, weights: Tensors, forward: Callable[[Any, Tensor], Tensor] = output
+        self, weights: Tensors, forward: Callable[..., object] | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """``forward(net, x)`` and the targets of all the client's training examples, a test batch at a time."""
         worker = self.worker
-        return self._passed(worker.train_set, worker.parts[self.client.id], weights, forward)
+        return self._passed(worker.train_set, worker.parts[self.client.id], weights, forward or output)
 
     def test_outputs(
-        self, weights: Tensors, forward: Callable[[Any, Tensor], Tensor] = output
+        self, weights: Tensors, forward: Callable[..., object] | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The same of the client's own test examples."""
         worker = self.worker
-        return self._passed(worker.test_set, worker.test_parts[self.client.id], weights, forward)
+        return self._passed(worker.test_set, worker.test_parts[self.client.id], weights, forward or output)
 
     @torch.no_grad()
     def _passed(
-        self, examples: Examples, rows: Tensor, weights: Tensors, forward: Callable[[Any, Tensor], Tensor]
+        self, examples: Examples, rows: Tensor, weights: Tensors, forward: Callable[..., Any]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         worker = self.worker
         net = worker.fitted(weights, None, self.model.make).eval()
@@ -262,9 +232,9 @@ class VisionWorker:
         self.on_step = on_step
         self._nets: dict[Any, nn.Module] = {}
 
-    def of(self, client: Client) -> Seat:
+    def of(self, client: Client) -> VisionClient:
         """This worker, standing for ``client``."""
-        return Seat(self, client)
+        return VisionClient(self, client)
 
     def fitted(
         self,
@@ -278,7 +248,6 @@ class VisionWorker:
             make: describes it, by default the server's.
         """
         make = make or self.model.make
-        assert make is not None
         alphas = {SHARED: self.settings.alpha, **(alphas or {})}
         shape = (tuple((n, tuple(t.shape)) for n, t in sorted(weights.items())), tuple(sorted(alphas.items())))
         if shape not in self._nets:
@@ -292,13 +261,11 @@ class VisionWorker:
         """Convolutions read images by pixel, channels innermost."""
         return torch.channels_last if x.ndim == 4 else torch.contiguous_format
 
-    def evaluate(self, update: Tensors, alphas: Mapping[str, float] | None = None) -> Any:
+    def evaluate(self, update: Tensors, alphas: Mapping[str, float] | None = None) -> Score:
         """Scores of the network with these weights, or this update of frozen ones; without any, of the one before.
 
         Weights that are not a whole network (what personal models share) have no score.
         """
-        from fedllm.workers.scoring import Score
-
         frozen = self.model.frozen or {}
         weights = update or {name: W for name, W in self.model.weights.items() if name not in frozen}
         if not any(name.startswith(head) for head in self.model.anatomy.heads for name in weights):

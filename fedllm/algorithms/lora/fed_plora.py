@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fedllm.algorithms.lora.fedit import started
-from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors, under, within
+from fedllm.core import Algorithm, Client, ClientWorker, LocalResult, Model, Reply, Round, Tensors, under, within
 from fedllm.lowrank import LowRank, plus
 from fedllm.mean import mean_columns
 
@@ -41,12 +41,10 @@ class FedPLoRA(Algorithm):
             sent[f"frozen/{name}"] = LowRank(M.B[:, others], M.A[others])
         return sent
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         frozen = {name: M for name, M in within("frozen", sent).items() if M.rank}
         returned, _, metrics = worker.train(within("adapter", sent), {}, rnd, frozen=frozen)
-        return returned, {}, metrics  # old moments are of other columns
+        return LocalResult(returned, {}, metrics)  # old moments are of other columns
 
     def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
         p = self.shares(state, replies)

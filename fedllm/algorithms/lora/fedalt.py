@@ -8,7 +8,7 @@ from typing import Any
 
 from fedllm.algorithms.lora.fedit import of_one_rank, started
 from fedllm.config.types import SomeShare
-from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors, under, within
+from fedllm.core import Algorithm, Client, ClientWorker, LocalResult, Model, Reply, Round, Tensors, under, within
 from fedllm.lowrank import LowRank
 from fedllm.mean import mean_factors
 
@@ -46,9 +46,7 @@ class FedALT(Algorithm):
             sent |= under("adapter", started({name: mine}, client.rank, rnd))
         return sent
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         own = {name: M * self.mix for name, M in within("adapter", sent).items()}
         trained, moments, metrics = worker.train(own, memory, rnd, frozen=self._others(sent))
         return {name: M * (1 / self.mix) for name, M in trained.items()}, moments, metrics

@@ -8,7 +8,7 @@ from typing import Any
 from fedllm.algorithms.lora.fedit import FedIT
 from fedllm.algorithms.personal import both
 from fedllm.config.types import Share
-from fedllm.core import Reply, Round, Tensors, under, within
+from fedllm.core import ClientWorker, LocalResult, Reply, Round, Tensors, under, within
 from fedllm.lowrank import LowRank, fill
 
 
@@ -27,9 +27,7 @@ class FedDPA(FedIT):
 
     mix: Share = 0.5
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         first: dict[str, float] = {}
         kept: dict[str, Any] = {}
         if memory and self.mix > 0:

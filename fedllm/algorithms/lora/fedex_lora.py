@@ -8,7 +8,7 @@ from typing import Any
 
 from fedllm.algorithms.lora.fedit import FedIT, started
 from fedllm.config.types import Whole
-from fedllm.core import Client, Model, Reply, Round, Tensors, under, within
+from fedllm.core import Client, ClientWorker, LocalResult, Model, Reply, Round, Tensors, under, within
 from fedllm.lowrank import LowRank, cheapest, plus
 from fedllm.mean import mean_factors, mean_products
 
@@ -28,9 +28,7 @@ class Residual(FedIT):
         fresh = started(within("adapter", state), client.rank, rnd)
         return under("frozen", within("W", state)) | under("adapter", fresh)
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         return worker.train(within("adapter", sent), memory, rnd, frozen=within("frozen", sent))
 
     def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedllm.algorithms.lora.fedit import FedIT, of_one_rank, started
 from fedllm.config.types import Count
-from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors, under, within
+from fedllm.core import Algorithm, Client, ClientWorker, LocalResult, Model, Reply, Round, Tensors, under, within
 from fedllm.errors import FedError
 from fedllm.lowrank import LowRank, cheapest, fill, plus
 from fedllm.mean import mean_values
@@ -90,12 +90,10 @@ class FedLoRU(Algorithm):
         }
         return under("adapter", adapters) | under("drawn", drawn) | self._lacking(state, client, rnd)
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         W = self.remembered(sent, memory, rnd)
         returned, moments, metrics = worker.train(arrived(sent), self.moments("worker", memory, rnd), rnd, frozen=W)
-        return returned, self.memory(W, rnd) | under("worker", moments), metrics
+        return LocalResult(returned, self.memory(W, rnd) | under("worker", moments), metrics)
 
     def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
         p = self.shares(state, replies)

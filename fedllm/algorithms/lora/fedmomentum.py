@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fedllm.algorithms.lora.fedex_lora import Residual
 from fedllm.config.types import SomeShare
-from fedllm.core import Round, Tensors
+from fedllm.core import ClientWorker, LocalResult, Round, Tensors
 from fedllm.lowrank import LowRank, dominant
 from fedllm.mean import mean_products
 
@@ -23,11 +22,9 @@ class FedMomentum(Residual):
 
     energy: SomeShare = 0.9999
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         returned, _, metrics = super().local(worker, sent, {}, rnd)  # old moments are of other coordinates
-        return returned, {}, metrics
+        return LocalResult(returned, {}, metrics)
 
     def parted(self, updates: Sequence[LowRank], weights: Sequence[float]) -> tuple[LowRank, LowRank]:
         r, mean = updates[0].rank, mean_products(updates, weights).balanced()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from fedllm.algorithms.lora.fedit import FedIT, of_one_rank, started
-from fedllm.core import Client, Model, Reply, Round, Tensors, under, within
+from fedllm.core import Client, ClientWorker, LocalResult, Model, Reply, Round, Tensors, under, within
 from fedllm.lowrank import LowRank
 from fedllm.mean import mean
 
@@ -32,13 +31,11 @@ class FedSALoRA(FedIT):
         A = {name: M.A for name, M in started(state, client.rank, rnd).items()}
         return under("A", A) | under("height", {name: torch.tensor(M.shape[0]) for name, M in state.items()})
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         start = {name: LowRank(memory.get(f"B/{name}", M.B), M.A) for name, M in _from_zero(sent).items()}
         trained, moments, metrics = worker.train(start, within("moments", memory), rnd)
         kept = under("B", {name: M.B for name, M in trained.items()}) | under("moments", moments)
-        return under("A", {name: M.A for name, M in trained.items()}), kept, metrics
+        return LocalResult(under("A", {name: M.A for name, M in trained.items()}), kept, metrics)
 
     def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
         p = self.shares(state, replies)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fedllm.algorithms.lora.ffa_lora import FFALoRA
 from fedllm.config.types import Count
-from fedllm.core import Reply, Round, Tensors
+from fedllm.core import ClientWorker, LocalResult, Reply, Round, Tensors
 from fedllm.lowrank import LowRank
 
 
@@ -22,13 +21,11 @@ class FedSVD(FFALoRA):
 
     period: Count | None = 1
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         if self.period is None:
             return super().local(worker, sent, memory, rnd)
         returned, _, metrics = super().local(worker, sent, {}, rnd)  # old moments are of other coordinates
-        return returned, {}, metrics
+        return LocalResult(returned, {}, metrics)
 
     def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
         averaged = super().aggregate(state, replies, rnd)

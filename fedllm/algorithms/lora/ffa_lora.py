@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from fedllm.algorithms.lora.fedit import FedIT, of_one_rank, started
-from fedllm.core import Client, Reply, Round, Tensors, under, within
+from fedllm.core import Client, ClientWorker, LocalResult, Reply, Round, Tensors, under, within
 from fedllm.mean import mean
 
 
@@ -28,13 +28,11 @@ class FFALoRA(FedIT):
     def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
         return under("adapter", started(state, client.rank, rnd))
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         factor = self.factor(sent)
         trained, moments, metrics = worker.train(within("adapter", sent), within(factor, memory), rnd, factors=factor)
         returned = under(factor, {name: getattr(M, factor) for name, M in trained.items()})
-        return returned, {**memory, **under(factor, moments)}, metrics
+        return LocalResult(returned, {**memory, **under(factor, moments)}, metrics)
 
     def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
         p, factor = self.shares(state, replies), self.factor(replies[0].sent)

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors, names_of, under, within
+from fedllm.core import (
+    Algorithm,
+    Client,
+    ClientWorker,
+    LocalResult,
+    Model,
+    Reply,
+    Round,
+    Tensors,
+    names_of,
+    under,
+    within,
+)
 from fedllm.lowrank import LowRank, cheapest, fill, plus
 from fedllm.mean import mean_products
 
@@ -28,9 +40,7 @@ class FLoRA(Algorithm):
         fresh = {n: fill(LowRank.zeros(*W.shape), client.rank, rnd.rng("fresh", n)) for n, W in state.items()}
         return under("frozen", state) | under("adapter", fresh)
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         return worker.train(within("adapter", sent), memory, rnd, frozen=within("frozen", sent))
 
     def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:

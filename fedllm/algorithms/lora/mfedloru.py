@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedllm.algorithms.lora.fedloru import FedLoRU, arrived
 from fedllm.config.types import Count, NonNegative
-from fedllm.core import Client, Reply, Round, Tensors, under
+from fedllm.core import Client, ClientWorker, LocalResult, Reply, Round, Tensors, under
 from fedllm.errors import FedError
 from fedllm.lowrank import LowRank
 
@@ -45,13 +45,11 @@ class MFedLoRU(FedLoRU):
     def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
         return {**super().download(state, client, rnd), "rank": torch.tensor(min(client.rank, int(state["r"])))}
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         adapters, r_i = arrived(sent), int(sent["rank"])
         if all(update.rank == r_i for update in products(adapters).values()):
-            returned, memory, metrics = super().local(worker, sent, memory, rnd)
-            return _factors(returned), memory, metrics
+            done = super().local(worker, sent, memory, rnd)
+            return done._replace(returned=_factors(done.returned))
         W = self.remembered(sent, memory, rnd)
         starts = {
             name: LowRank(self.a * _uniform(factor.shape[0], r_i, rnd.rng("nested", name)), zeros(r_i, factor.shape[1]))
@@ -62,7 +60,7 @@ class MFedLoRU(FedLoRU):
             name: trained[name] if name not in starts or _is_lean(factor, r_i) else factor + trained[name].dense()
             for name, factor in _factors(adapters).items()
         }
-        return returned, self.memory(W, rnd), metrics
+        return LocalResult(returned, self.memory(W, rnd), metrics)
 
     def expected(self, reply: Reply) -> Tensors:
         adapters, r_i = arrived(reply.sent), int(reply.sent["rank"])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from fedllm.algorithms.lora.fedloru import FedLoRU, added, arrived
 from fedllm.algorithms.personal import both, scored
 from fedllm.config.types import Count, PartShare
-from fedllm.core import Reply, Round, Tensors, under, within
+from fedllm.core import ClientWorker, LocalResult, Reply, Round, Tensors, under, within
 from fedllm.errors import FedError
 from fedllm.lowrank import LowRank, fill
 
@@ -37,11 +36,9 @@ class PFedLoRU(FedLoRU):
         if self.personal_rank is not None and self.personal_rank < 1:
             raise FedError(f"personal_rank={self.personal_rank}: at least 1, or null for a quarter of the adapters'.")
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         W, shared = self.remembered(sent, memory, rnd), arrived(sent)
-        own = {
+        start = {
             name: fill(
                 memory.get(f"personal/{name}", LowRank.zeros(*update.shape)),
                 self.personal_rank or max(1, update.rank // 4),
@@ -51,15 +48,20 @@ class PFedLoRU(FedLoRU):
             if isinstance(update, LowRank)
         }
         own, own_moments, first = worker.train(
-            own, within("worker_own", memory), rnd, frozen=added(W, shared), part=(0.0, self.personal_share)
+            start, within("worker_own", memory), rnd, frozen=added(W, shared), part=(0.0, self.personal_share)
         )
         base = added(W, own)
         returned, moments, second = worker.train(
             shared, self.moments("worker", memory, rnd), rnd, frozen=base, part=(self.personal_share, 1.0)
         )
         kept = under("personal", own) | under("worker_own", own_moments) | under("worker", moments)
+<<<<<<< HEAD
         metrics = scored(worker, added(base, returned), both(first, second))
-        return returned, self.memory(W, rnd) | kept, metrics
+        return LocalResult(returned, self.memory(W, rnd) | kept, metrics)
+=======
+        metrics = scored(worker, added(base, returned), _both(first, second))
+        return LocalResult(returned, self.memory(W, rnd) | kept, metrics)
+>>>>>>> 3a35f0b (A typed centre: one request for local training, named results, a protocol of federations)
 
     def personal(self, reply: Reply, memory: Tensors) -> Tensors:
         shared = dict(super().personal(reply, memory))

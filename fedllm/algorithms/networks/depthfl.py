@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fedllm.algorithms.networks.fedavg import FedAvg
 from fedllm.config.types import NonNegative, Positive
-from fedllm.core import Client, Model, Reply, Round, Tensors, under, within
+from fedllm.core import Client, ClientWorker, LocalResult, Model, Reply, Round, Tensors, under, within
 from fedllm.models import submodel
 
 
@@ -46,9 +46,7 @@ class DepthFL(FedAvg):
     def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
         return submodel.at_depth(submodel.read(state["anatomy"]), within("weights", state), client.depth)
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         return worker.train(sent, memory, rnd, loss=lambda z, y: self.loss(z, y, rnd))
 
     def loss(self, z: tuple[Tensor, ...], y: Tensor, rnd: Round) -> Tensor:

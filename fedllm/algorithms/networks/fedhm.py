@@ -11,7 +11,7 @@ import torch
 from fedllm.algorithms.networks.fedavg import FedAvg
 from fedllm.algorithms.networks.fedlmt import penalty
 from fedllm.config.types import Count, NonNegative, Positive, Whole
-from fedllm.core import Client, Model, Reply, Round, Tensors, under, within
+from fedllm.core import Client, ClientWorker, LocalResult, Model, Reply, Round, Tensors, under, within
 from fedllm.errors import FedError
 from fedllm.models.factorized import ranks, recover_weights, split_weights
 
@@ -55,7 +55,6 @@ class FedHM(FedAvg):
         return self.alphas[client.level or "b4"] if self.alpha is None else self.alpha
 
     def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
-        assert model.make is not None
         net, alphas = model.make(), sorted({self.ratio(client) for client in clients})
         chosen = {alpha: ranks(net, model.anatomy, self.rho, alpha) for alpha in alphas}
         state: dict[str, Any] = {}
@@ -75,9 +74,7 @@ class FedHM(FedAvg):
             sent[name] = tensor
         return sent
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         return worker.train(sent, memory, rnd, penalty=penalty(self.decay))
 
     def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:

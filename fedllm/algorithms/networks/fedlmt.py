@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from fedllm.algorithms.networks.fedavg import FedAvg
 from fedllm.config.types import NonNegative, Positive, Whole
-from fedllm.core import Client, Model, Round, Tensors
+from fedllm.core import Client, ClientWorker, LocalResult, Model, Penalty, Round, Tensors
 from fedllm.errors import FedError
 from fedllm.models.factorized import decay, factorize, ranks, split_weights
 
@@ -55,18 +55,15 @@ class FedLMT(FedAvg):
         return (rho if self.rho is None else self.rho), (alpha if self.alpha is None else self.alpha)
 
     def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
-        assert model.make is not None and model.draw is not None
         chosen = ranks(model.make(), model.anatomy, *self.capacity(clients))
         if self.start == "spectral":
             return split_weights(model.weights, chosen, torch.Generator().manual_seed(0))
         return model.draw(factorize(model.make(), chosen))
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         return worker.train(sent, memory, rnd, penalty=penalty(self.decay))
 
 
-def penalty(coefficients: Mapping[str, float]) -> Any:
+def penalty(coefficients: Mapping[str, float]) -> Penalty | None:
     """The decay as a term of the loss, or None where there is none."""
     return partial(decay, coefficients=coefficients) if coefficients else None

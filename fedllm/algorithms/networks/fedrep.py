@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fedllm.algorithms.networks.fedavg import FedAvg
 from fedllm.algorithms.personal import personal_step, shared_part
 from fedllm.config.types import Share, Whole
-from fedllm.core import Client, Model, Reply, Round, Tensors
+from fedllm.core import Client, ClientWorker, LocalResult, Model, Reply, Round, Tensors
 
 
 @dataclass(frozen=True)
@@ -27,9 +26,7 @@ class FedRep(FedAvg):
     def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
         return shared_part(model, self._last(model))
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         head = memory or {name: W for name, W in worker.model.weights.items() if name not in sent}
         phases = ((self.head_share, lambda name: name in head), (1 - self.head_share, lambda name: name in sent))
         return personal_step(worker, sent, head, rnd, phases=phases)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from fedllm.algorithms.networks.fedavg import FedAvg
 from fedllm.config.types import NonNegative, Positive
-from fedllm.core import Client, Model, Reply, Round, Tensors, under, within
+from fedllm.core import Client, ClientWorker, LocalResult, Model, Reply, Round, Tensors, under, within
 from fedllm.models.flanc import orthogonality
 
 FACTORS = {"b1": 0.25, "b2": 0.75, "b3": 1.25, "b4": 1.75}
@@ -37,7 +37,6 @@ class FLANC(FedAvg):
         return self.factors[client.level or "b4"]
 
     def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
-        assert model.make is not None and model.draw is not None
         state: dict[str, Any] = {}
         for f in sorted({self.factor(client) for client in clients}):  # the widest one's bases are kept
             weights = model.draw(model.make(width=f))
@@ -48,9 +47,7 @@ class FLANC(FedAvg):
     def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
         return self._network(state, self.factor(client))
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         return worker.train(sent, memory, rnd, penalty=lambda net: self.orthogonality * orthogonality(net))
 
     def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:

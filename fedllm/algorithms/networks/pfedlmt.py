@@ -13,7 +13,7 @@ from fedllm.algorithms.networks.fedhm import ALPHAS
 from fedllm.algorithms.networks.fedlmt import penalty
 from fedllm.algorithms.personal import personal_step, shared_part
 from fedllm.config.types import NonNegative, Positive, Whole
-from fedllm.core import Client, Model, Reply, Round, Tensors
+from fedllm.core import Client, ClientWorker, LocalResult, Model, Reply, Round, Tensors
 from fedllm.models.factorized import ranks, split_weights
 
 
@@ -40,9 +40,7 @@ class PFedLMT(FedAvg):
     def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
         return shared_part(model, self.rho)
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         q = memory or self.custom(worker.model, worker.client, sent)
         halves = ((0.5, lambda name: name in q), (0.5, lambda name: name in sent))
         phases = halves if self.mode == "alternate" else ((1.0, lambda name: True),)
@@ -50,7 +48,6 @@ class PFedLMT(FedAvg):
 
     def custom(self, model: Model, client: Client, shared: Tensors) -> dict[str, Any]:
         """``q_i`` before the client's first round."""
-        assert model.make is not None
         alpha = self.alphas[client.level or "b4"] if self.alpha is None else self.alpha
         own = {name: W for name, W in model.weights.items() if name not in shared}
         return split_weights(own, ranks(model.make(), model.anatomy, self.rho, alpha), torch.Generator().manual_seed(0))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from fedllm.algorithms.networks.fedavg import FedAvg
 from fedllm.algorithms.personal import personal_step
 from fedllm.config.types import Count, NonNegative, Share
-from fedllm.core import Reply, Round, Tensors
+from fedllm.core import ClientWorker, LocalResult, Phase, Reply, Round, Tensors
 from fedllm.models.lowrank_conv import adaptable, kaiming, merge
 
 PAIR = "private"
@@ -29,16 +28,14 @@ class PFedLoRA2(FedAvg):
     rank: Count = 32
     alpha: NonNegative = 16.0
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         private = memory or self.pairs(worker, rnd)
         return personal_step(worker, sent, private, rnd, {PAIR: self.alpha}, phases=self.turns(private))
 
-    def turns(self, private: Tensors) -> Sequence[Any]:
+    def turns(self, private: Tensors) -> Sequence[Phase]:
         return ((1.0, lambda name: True),)
 
-    def pairs(self, worker: Any, rnd: Round) -> dict[str, torch.Tensor]:
+    def pairs(self, worker: ClientWorker, rnd: Round) -> dict[str, torch.Tensor]:
         """L drawn, U zero."""
         model, drawn = worker.model, {}
         for layer in adaptable(model.make(), model.anatomy):
@@ -65,7 +62,7 @@ class PFedLoRA1(PFedLoRA2):
 
     private_share: Share = 0.4
 
-    def turns(self, private: Tensors) -> Sequence[Any]:
+    def turns(self, private: Tensors) -> Sequence[Phase]:
         return (
             (self.private_share, lambda name: name in private),
             (1 - self.private_share, lambda name: name not in private),

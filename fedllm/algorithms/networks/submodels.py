@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fedllm.algorithms.networks.fedavg import FedAvg
-from fedllm.core import Client, Model, Reply, Round, Tensors, under, within
+from fedllm.core import Client, ClientWorker, LocalResult, Model, Reply, Round, Tensors, under, within
 from fedllm.models import submodel
-from fedllm.models.submodel import Anatomy, Channels, Index
+from fedllm.models.submodel import Channels, Index
+from fedllm.structure import Anatomy
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,7 @@ class SubModel(FedAvg):
     def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
         return submodel.take(within("weights", state), self._index(state, client, rnd))
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         if self.preset == "fedlmt_paper":
             return worker.train(sent, memory, rnd)
         classes = worker.labels
@@ -57,7 +56,7 @@ class SubModel(FedAvg):
         head = worker.model.anatomy.layers[-1]
         for name in [name for name in sent if name.startswith(f"{head}.")]:
             returned = {**returned, name: sent[name].index_copy(0, classes, returned[name][classes])}
-        return returned, memory, metrics
+        return LocalResult(returned, memory, metrics)
 
     def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
         p = self.shares(state, replies)
@@ -126,7 +125,6 @@ class FedDropout(SubModel):
     residuals: Literal["consistent", "legacy"] = "consistent"
 
     def cut(self, model: Model) -> Anatomy:
-        assert model.make is not None
         return model.anatomy if self.residuals == "consistent" else model.make().legacy_anatomy()
 
     def channels(self, anatomy: Anatomy, client: Client, rnd: Round) -> Channels:

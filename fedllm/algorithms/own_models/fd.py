@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, log_softmax, pad
 from fedllm.algorithms.own_models.class_means import ClassMeans, class_means, table
 from fedllm.algorithms.personal import own, scored
 from fedllm.config.types import NonNegative, needs
-from fedllm.core import Client, Model, Reply, Round, Tensors, under, within
+from fedllm.core import Client, ClientWorker, LocalResult, Model, Reply, Round, Tensors, under, within
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,7 @@ class FD(ClassMeans):
     def served(self, state: Tensors) -> Tensors:
         return super().served({name: state[name] for name in ("known", "rows")})
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         met: list[tuple[Tensor, Tensor]] = []
         known = sent["known"]
 
@@ -93,7 +91,7 @@ class FD(ClassMeans):
         omega, _, metrics = worker.train(own(worker, memory), {}, rnd, loss=loss)
         told = met or ((grouped(z, self.groups), y) for z, y in worker.outputs(omega))  # a plan trains nothing
         seen, rows = class_means(told, len(known))
-        return {"seen": seen > 0, "rows": rows}, omega, scored(worker, omega, metrics)
+        return LocalResult({"seen": seen > 0, "rows": rows}, omega, scored(worker, omega, metrics))
 
     def answer(self, z: Tensor) -> Tensor:
         return z.softmax(dim=1) if self.answers == "soft" else z

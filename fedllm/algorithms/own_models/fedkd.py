@@ -13,11 +13,11 @@ from torch.nn.functional import cross_entropy, linear, mse_loss
 from fedllm.algorithms.own_models.fml import FML, taught
 from fedllm.algorithms.personal import head_shape, own, scored
 from fedllm.config.types import Share
-from fedllm.core import Client, Reply, Round, Tensors
+from fedllm.core import Client, ClientWorker, LocalResult, Reply, Round, Tensors
 from fedllm.lowrank import LowRank, as_lowrank
 from fedllm.mean import pad
-from fedllm.models.build import Features, FedModel
 from fedllm.models.paired import Beside, joined, part_of
+from fedllm.structure import Features, FedModel
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,7 @@ class FedKD(FML):
     def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
         return compressed(state, self.kept(rnd))
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         like, d = worker.shared.weights, (head_shape(worker.model)[1], head_shape(worker.shared)[1])
         start = memory or joined(own=own(worker, {}), map=drawn_map(d, rnd.rng("map", worker.client.id)))
         trained, _, metrics = worker.train(
@@ -53,7 +51,7 @@ class FedKD(FML):
         )  # fmt: skip
         omega = part_of("own", trained)
         kept = {**joined(own=omega), **joined(map=part_of("map", trained))}
-        return compressed(part_of("shared", trained), self.kept(rnd)), kept, scored(worker, omega, metrics)
+        return LocalResult(compressed(part_of("shared", trained), self.kept(rnd)), kept, scored(worker, omega, metrics))
 
     def distilled(self, seen: tuple[Features, Features, Tensor], y: Tensor) -> Tensor:
         p, s, W = seen

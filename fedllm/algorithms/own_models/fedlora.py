@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from fedllm.algorithms.networks.fedavg import FedAvg
 from fedllm.algorithms.personal import COSTS, head_shape, own, scored
 from fedllm.config.types import Count, Share
-from fedllm.core import Client, Model, Reply, Round, Tensors
+from fedllm.core import Client, ClientWorker, LocalResult, Model, Reply, Round, Tensors
 from fedllm.errors import FedError
 from fedllm.models.build import describe
 from fedllm.models.cnn import Adapter
@@ -38,7 +39,6 @@ class FedLoRA(FedAvg):
     hidden: Count = 80
 
     def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
-        assert model.draw is not None
         return model.draw(describe(lambda: self.module(model)))
 
     def module(self, model: Model) -> Adapter:
@@ -53,21 +53,17 @@ class FedLoRA(FedAvg):
             d = before.shape[1]
         return Adapter(self.adapter, d, self.hidden, classes)
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
-        both = {"network": lambda: self.beside(worker.model), "forward": self.outputs}
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
+        network = partial(self.beside, worker.model)
+        train = partial(worker.train, memory={}, rnd=rnd, forward=self.outputs, network=network)
         theta = joined(adapter=sent)
-        first, _, metrics = worker.train(
-            joined(own=own(worker, memory)), {}, rnd, frozen=theta, loss=self.of_network, **both
-        )
-        second, _, more = worker.train(theta, {}, rnd, frozen=first, loss=self.of_adapter, **both)
+        first, _, metrics = train(joined(own=own(worker, memory)), frozen=theta, loss=self.of_network)
+        second, _, more = train(theta, frozen=first, loss=self.of_adapter)
         omega = part_of("own", first)
         costs = {key: metrics[key] + more[key] for key in COSTS if key in more}
-        return part_of("adapter", second), omega, scored(worker, omega, {**metrics, **costs})
+        return LocalResult(part_of("adapter", second), omega, scored(worker, omega, {**metrics, **costs}))
 
     def beside(self, model: Model) -> Beside:
-        assert model.make is not None
         return Beside(own=model.make(), adapter=describe(lambda: self.module(model)))
 
     def outputs(self, net: Any, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 from fedllm.algorithms.own_models.class_means import ClassMeans, class_means, table
 from fedllm.algorithms.personal import head_shape, own, scored
 from fedllm.config.types import NonNegative
-from fedllm.core import Model, Round, Tensors
-from fedllm.models.build import Features
+from fedllm.core import ClientWorker, LocalResult, Model, Round, Tensors
+from fedllm.structure import Features
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,7 @@ class FedProto(ClassMeans):
     def length(self, model: Model) -> int:
         return head_shape(model)[1]
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         prototypes, known = table(sent["known"], sent["rows"]), sent["known"]
 
         def loss(seen: Features, y: Tensor) -> Tensor:
@@ -51,7 +49,7 @@ class FedProto(ClassMeans):
         near = torch.where(known[:, None], prototypes, table(seen, rows))
         answers = worker.score(omega, forward=lambda net, x: nearness(net, x, near, known | (seen > 0)))
         scores = {f"own_prototype_{key}": value for key, value in answers.items() if key == "accuracy"}
-        return {"seen": seen, "rows": rows}, omega, {**scored(worker, omega, metrics), **scores}
+        return LocalResult({"seen": seen, "rows": rows}, omega, {**scored(worker, omega, metrics), **scores})
 
 
 def nearness(net: Any, x: Tensor, prototypes: Tensor, has: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
@@ -11,7 +10,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from fedllm.algorithms.networks.fedavg import FedAvg
 from fedllm.algorithms.personal import own, scored
 from fedllm.config.types import Share
-from fedllm.core import Reply, Round, Tensors
+from fedllm.core import ClientWorker, LocalResult, Reply, Round, Tensors
 from fedllm.models.paired import Beside, joined, part_of
 
 
@@ -28,9 +27,7 @@ class FML(FedAvg):
     a: Share = 0.5
     b: Share = 0.5
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         trained, _, metrics = worker.train(
             joined(own=own(worker, memory), shared=sent), {}, rnd,
             network=lambda: Beside(own=worker.model.make(), shared=worker.shared.make()),
@@ -38,7 +35,7 @@ class FML(FedAvg):
             loss=self.loss,
         )  # fmt: skip
         omega = part_of("own", trained)
-        return part_of("shared", trained), omega, scored(worker, omega, metrics)
+        return LocalResult(part_of("shared", trained), omega, scored(worker, omega, metrics))
 
     def loss(self, z: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
         """Of the private and the shared logits ``(B, C)``."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fedllm.algorithms.networks.fedavg import FedAvg
 from fedllm.algorithms.personal import head, personal_step
-from fedllm.core import Client, Model, Reply, Round, Tensors, under
+from fedllm.core import Client, ClientWorker, LocalResult, Model, Reply, Round, Tensors, under
 
 
 @dataclass(frozen=True)
@@ -18,9 +17,7 @@ class LGFedAvg(FedAvg):
     def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
         return head(model)
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         private = memory or {name: W for name, W in worker.model.weights.items() if name not in sent}
         return personal_step(worker, sent, private, rnd)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from fedllm.algorithms.personal import COSTS, own, scored
-from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors, under, within
+from fedllm.core import Algorithm, Client, ClientWorker, LocalResult, Model, Reply, Round, Tensors, under, within
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,7 @@ class Standalone(Algorithm):
     def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
         return {}
 
-    def local(
-        self, worker: Any, sent: Tensors, memory: Tensors, rnd: Round
-    ) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         omega, done = own(worker, within("own", memory)), int(memory.get("done", 0))
         missed = range(done + 1, rnd.index) if self.trains == "always" else ()
         spent: Counter[str] = Counter()
@@ -44,7 +42,7 @@ class Standalone(Algorithm):
             omega, _, metrics = worker.train(omega, {}, each)
             spent.update({key: metrics[key] for key in COSTS if key in metrics})
         kept = {**under("own", omega), "done": torch.tensor(rnd.index)}
-        return {}, kept, scored(worker, omega, {**metrics, **spent})
+        return LocalResult({}, kept, scored(worker, omega, {**metrics, **spent}))
 
     def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
         return {"rounds": state["rounds"] + 1}

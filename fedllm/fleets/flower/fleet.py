@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from fedllm.core import Algorithm, Client, Display, Failed, Job, Reply, Round, StopAsked, Tensors, Worker
+from fedllm.core import Algorithm, Client, ClientResult, Display, Failed, Job, Reply, Round, StopAsked, Tensors, Worker
 from fedllm.errors import FedError
 from fedllm.fleets.flower import api, notes
 from fedllm.fleets.flower.keys import Member, clients_by_key
@@ -168,14 +168,12 @@ class Flower:
     stop: Callable[[], bool] = lambda: False
     deadline: float | None = None
 
-    def run(
-        self, algorithm: Algorithm, worker: Worker, jobs: Sequence[Job], rnd: Round
-    ) -> Iterator[tuple[Reply | Failed, Tensors]]:
+    def run(self, algorithm: Algorithm, worker: Worker, jobs: Sequence[Job], rnd: Round) -> Iterator[ClientResult]:
         recipe, began = notes.recipe_digest(self.roll.page), time.time()
         waits = [
             _Wait(notes.job_key(recipe, self.run_id, rnd, j.client.id, j.sent, notes.of_memory(j.memory))) for j in jobs
         ]
-        finished: dict[int, tuple[Reply | Failed, Tensors]] = {}
+        finished: dict[int, ClientResult] = {}
         for place, wait in enumerate(waits):
             if (kept := self.store.get(wait.key)) is not None:
                 finished[place] = self._read(jobs[place], kept, algorithm)
@@ -200,7 +198,7 @@ class Flower:
         self,
         jobs: Sequence[Job],
         waits: Sequence[_Wait],
-        finished: dict[int, tuple[Reply | Failed, Tensors]],
+        finished: dict[int, ClientResult],
         rnd: Round,
         recipe: str,
     ) -> None:
@@ -210,7 +208,7 @@ class Flower:
             if place in finished or wait.message or declared is None or declared.node not in self.roll.online:
                 continue
             if wait.pushes >= PUSHES:
-                finished[place] = Failed(job.client, f"its node was lost {PUSHES} times"), job.memory
+                finished[place] = ClientResult(Failed(job.client, f"its node was lost {PUSHES} times"), job.memory)
                 continue
             note = {
                 "do": "train",
@@ -230,7 +228,7 @@ class Flower:
         self,
         jobs: Sequence[Job],
         waits: Sequence[_Wait],
-        finished: dict[int, tuple[Reply | Failed, Tensors]],
+        finished: dict[int, ClientResult],
         algorithm: Algorithm,
     ) -> None:
         """Reads the answers that have come; what cannot be read is that client's failure."""
@@ -243,9 +241,8 @@ class Flower:
                 self.roll.say(f"client {job.client.id}: {notes.reason(answer.reason)} Its job will be sent again.")
                 continue
             if answer.content is None:
-                finished[place] = (
-                    Failed(job.client, f"Flower's error {answer.code}: {notes.reason(answer.reason)}"),
-                    job.memory,
+                finished[place] = ClientResult(
+                    Failed(job.client, f"Flower's error {answer.code}: {notes.reason(answer.reason)}"), job.memory
                 )
                 continue
             most = 2 * size(algorithm.expected(Reply(job.client, job.sent, {}))) + 2 * size(job.sent) + ROOM
@@ -253,7 +250,9 @@ class Flower:
                 note, payload = api.read(answer.content, most)
                 text = json.dumps(note).encode()
             except BROKEN as error:
-                finished[place] = Failed(job.client, f"its reply could not be read: {notes.reason(error)}"), job.memory
+                finished[place] = ClientResult(
+                    Failed(job.client, f"its reply could not be read: {notes.reason(error)}"), job.memory
+                )
                 continue
             self.roll.wire_bytes["up"] += len(payload)
             if str(note.get("refused", "")).startswith("it has not been told"):
@@ -264,7 +263,7 @@ class Flower:
             if isinstance(finished[place][0], Reply):
                 self.store.put(wait.key, content)
 
-    def _read(self, job: Job, content: bytes, algorithm: Algorithm) -> tuple[Reply | Failed, Tensors]:
+    def _read(self, job: Job, content: bytes, algorithm: Algorithm) -> ClientResult:
         """One client's end of the round from its answer. Its memory is a digest: the node keeps the tensors."""
         try:
             end = 8 + int.from_bytes(content[:8], "little")
@@ -273,19 +272,20 @@ class Flower:
             if reference and not notes.is_digest(reference):
                 raise ValueError("what it remembers has no name")
             if "failed" in note or "refused" in note:
-                return Failed(job.client, notes.reason(note.get("refused") or note.get("failed"))), job.memory
+                return ClientResult(
+                    Failed(job.client, notes.reason(note.get("refused") or note.get("failed"))), job.memory
+                )
             returned = canonical(unpack(content[end:])[1]["returned"])
         except BROKEN as error:
-            return Failed(job.client, f"its reply could not be read: {notes.reason(error)}"), job.memory
-        return Reply(job.client, job.sent, returned, notes.read_metrics(note.get("metrics"))), notes.as_memory(
-            reference
-        )
+            return ClientResult(Failed(job.client, f"its reply could not be read: {notes.reason(error)}"), job.memory)
+        reply = Reply(job.client, job.sent, returned, notes.read_metrics(note.get("metrics")))
+        return ClientResult(reply, notes.as_memory(reference))
 
     def _watch(
         self,
         jobs: Sequence[Job],
         waits: Sequence[_Wait],
-        finished: dict[int, tuple[Reply | Failed, Tensors]],
+        finished: dict[int, ClientResult],
         passed: float,
     ) -> None:
         """Notices nodes that came, went or were restarted, and clients whose time is over."""
@@ -302,7 +302,7 @@ class Flower:
                 self.roll.say(f"client {job.client.id} was restarted: its job is sent again.")
                 wait.message = ""
             if self.deadline is not None and passed > self.deadline:
-                finished[place] = Failed(job.client, f"no answer within {self.deadline:g} s"), job.memory
+                finished[place] = ClientResult(Failed(job.client, f"no answer within {self.deadline:g} s"), job.memory)
 
 
 def score_everywhere(roll: Roll, update: Tensors, seconds: float, stop: Callable[[], bool]) -> dict[str, float]:
