@@ -55,13 +55,8 @@ class PFedLoRU(FedLoRU):
             shared, self.moments("worker", memory, rnd), rnd, frozen=base, part=(self.personal_share, 1.0)
         )
         kept = under("personal", own) | under("worker_own", own_moments) | under("worker", moments)
-<<<<<<< HEAD
         metrics = scored(worker, added(base, returned), both(first, second))
         return LocalResult(returned, self.memory(W, rnd) | kept, metrics)
-=======
-        metrics = scored(worker, added(base, returned), _both(first, second))
-        return LocalResult(returned, self.memory(W, rnd) | kept, metrics)
->>>>>>> 3a35f0b (A typed centre: one request for local training, named results, a protocol of federations)
 
     def personal(self, reply: Reply, memory: Tensors) -> Tensors:
         shared = dict(super().personal(reply, memory))
