@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from rich.console import Console
 
 from fedllm.federation.build import build_federation
 from fedllm.storage import checkpoint
+from fedllm.storage import files
 
 from fedllm.storage import run_folder as folder
 
@@ -105,7 +106,7 @@ def train(recipe: recipes.Recipe, processes: Processes, *, federation: Any = Non
     with Progress(run.rounds, title, console) as display, once() as interrupted:
         processes.tell({"do": "start"})
         made = federation.worker(display.step)
-        with folder.held(out):  # from here on nothing should fail that the user could have been told before
+        with folder.held(out), _kept(out):  # from here on nothing should fail that the user could have been told before
             folder.check(out, resume=run.resume, overwrite=run.overwrite)
             begun = _begun(recipe, federation, resumed)
             rows, hint = _federated(recipe, federation, begun, made, processes, display, interrupted, lead)
@@ -113,14 +114,32 @@ def train(recipe: recipes.Recipe, processes: Processes, *, federation: Any = Non
     if recipe.eval.alone is not None:
         notes = [*notes, "A client alone trains for as many steps on its own rows as it does in the federation."]
     summary = {"title": title, "rows": rows, "notes": notes}
-    folder.write(out / "summary.json", json.dumps(summary, indent=1))
-    written = report.write(out)
+    with _kept(out):
+        folder.write(out / "summary.json", json.dumps(summary, indent=1))
+        written = report.write(out)
     report.print_summary(summary, console)
     exported = recipe.worker.exported
     console.print(f"[dim]report: {written}   {exported}: {out / exported}[/dim]", soft_wrap=True)
     if hint:
         console.print(f"[dim]curves: {hint}[/dim]", soft_wrap=True)
     hub.publish(recipe, console)
+
+
+@contextmanager
+def _kept(out: Path) -> Iterator[None]:
+    """Says what is left of a run that its folder or its disk has failed."""
+    try:
+        yield
+    except (files.Unwritten, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in files.LASTING:
+            raise
+        told = str(error) if isinstance(error, FedError) else f"{out}: {files.cause(error)}."
+        kept = (
+            "The last finished round is kept, and run.resume=true goes on from it once that is mended."
+            if (out / folder.MARK).is_file()
+            else "There is no run in that folder any more."
+        )
+        raise FedError(f"{told} {kept}") from error
 
 
 def _federated(
@@ -230,9 +249,11 @@ def _begun(recipe: recipes.Recipe, federation: Federation, done: Checkpoint | No
     """The folder made ready, and where the run stands: what it left, or round 0 of a new one."""
     run, out = recipe.run, recipe.output
     folder.prepare(out, recipes.dump(recipe), federation.partition, overwrite=run.overwrite and not run.resume)
-    if done is None:
-        state = canonical(recipe.algorithm.init(federation.model, federation.clients))
-        done = Checkpoint(0, state, {}, [], recipe.page)
+    first = canonical(recipe.algorithm.init(federation.model, federation.clients))
+    if done is not None:
+        checkpoint.check_state(done, first, out)
+    else:
+        done = Checkpoint(0, first, {}, [], recipe.page)
         checkpoint.save(out / "checkpoint", done)
     folder.write_lines(out / "rounds.jsonl", done.records[:-1])
     return done

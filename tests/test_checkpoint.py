@@ -23,6 +23,11 @@ from fedllm.storage.checkpoint import Checkpoint, load, save
 PAGE = {"run": {"seed": 0, "rounds": 3}, "worker": {"learning_rate": 0.1}}
 
 
+def record(index: int) -> dict:
+    client = {"digest": "0" * 16, "own_loss": 1.5}
+    return {"round": index, "clients": {"c0": client}, "weights": {"c0": 1.0}, "refused": {}, "eval": {}}
+
+
 def made(index: int) -> Checkpoint:
     """A state with products of rank 2 and 0, a dense, an integer and a repeated tensor; two clients that remember."""
     generator = torch.Generator().manual_seed(index)
@@ -36,7 +41,7 @@ def made(index: int) -> Checkpoint:
         "half": W.bfloat16(),
     }
     memories = {"c1": {"step": torch.ones(())}, "c/../0": {"q/exp_avg": W.T.contiguous()}}
-    return Checkpoint(index, state, memories, [{"round": n} for n in range(1, index + 1)], PAGE)
+    return Checkpoint(index, state, memories, [record(n) for n in range(1, index + 1)], PAGE)
 
 
 def flat(value: object) -> object:

@@ -135,7 +135,8 @@ def life(run: Path, meanwhile: Callable[[int], None], *, at: int = 0, count: Pat
             sys.addaudithook(watch)
             from fedllm.train import main
 
-            status = main([*RECIPE, f"run.output={run}", "run.resume=true"])
+            resume = str((run / "partition.json").is_file()).lower()
+            status = main([*RECIPE, f"run.output={run}", f"run.resume={resume}"])
             if count is not None:
                 count.write_text(str(seen[0]))
         finally:

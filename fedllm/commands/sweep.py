@@ -341,7 +341,8 @@ def execute(sweep: Sweep, runs: Sequence[Planned], jobs: int, launch: Sequence[s
 def command(sweep: Sweep, run: Planned, jobs: int, launch: Sequence[str]) -> list[str]:
     """The command line of one run; it resumes whatever is there."""
     begin = [*launch] or [sys.executable]
-    place = [f"run.output={sweep.output / run.name}", "run.resume=true", "run.overwrite=false"]
+    out = sweep.output / run.name
+    place = [f"run.output={out}", f"run.resume={str(folder.begun(out)).lower()}", "run.overwrite=false"]
     threads = [f"run.threads={max(1, len(os.sched_getaffinity(0)) // jobs)}"] if jobs > 1 else []
     return [*begin, str(TRAIN), *run.arguments, *place, *threads]
 

@@ -8,6 +8,7 @@ differently: networks that differ, and share little, have no reason to agree.
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from fedllm.federation.arrays import ArrayFederation
 from fedllm.recipe import page as recipe
 from fedllm.reports import report
 from fedllm.reports.plots.style import GREY, panels, save, styled
-from fedllm.storage import checkpoint
+from fedllm.storage import checkpoint, files
 
 EXAMPLES = 1000
 """Points that a map shows well and t-SNE takes some seconds for."""
@@ -52,10 +53,11 @@ def draw_map(run: Path, examples: int | None = None, seed: int = 0) -> Path:
     """
     points = thinned(points_of(run), examples or EXAMPLES)
     places = laid_out(points, seed)
-    (run / "plots").mkdir(exist_ok=True)
-    with (run / "plots" / "tsne.csv").open("w", newline="") as file:
-        rows = [[p.client, p.label, *place] for p, place in zip(points, places.tolist(), strict=True)]
-        csv.writer(file, lineterminator="\n").writerows([["client", "label", "x", "y"], *rows])
+    files.make_folder(run / "plots")
+    table = io.StringIO()
+    rows = [[p.client, p.label, *place] for p, place in zip(points, places.tolist(), strict=True)]
+    csv.writer(table, lineterminator="\n").writerows([["client", "label", "x", "y"], *rows])
+    files.write(run / "plots" / "tsne.csv", table.getvalue())
     with styled():
         save(picture(points, places), run / "plots" / "tsne.png")
     return report.write(run)

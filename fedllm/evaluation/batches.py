@@ -20,8 +20,13 @@ from fedllm.errors import FedError
 from fedllm.evaluation.settings import SCORING, Settings, plain_value
 from fedllm.evaluation.subject import Subject
 from fedllm.models.inference import batches
+from fedllm.reports import run_record as story
+from fedllm.storage import files
 from fedllm.storage import run_folder as folder
 from fedllm.tasks.task import Task
+
+LARGEST_PART = 8 << 30
+"""Bytes of one process's answers that are read."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def prepare(out: Path, receipts: Mapping[str, Any], overwrite: bool, processes: 
     """The output folder, with the settings in it; what was generated there with others is in the way."""
     kept, problem = out / "settings.json", None
     if kept.is_file() and not overwrite:
-        before = json.loads(kept.read_text())
+        before = story.json_in(kept)
         other = sorted(key for key in receipts if before.get(key) != receipts[key])
         problem = other and f"output={out} holds answers that were generated with another {' and '.join(other)}"
     elif out.is_dir() and any(out.iterdir()) and not kept.is_file():
@@ -94,7 +99,7 @@ def prepare(out: Path, receipts: Mapping[str, Any], overwrite: bool, processes: 
     if problem:
         raise FedError(f"{problem}: give another output=FOLDER, or overwrite=true where it is an evaluation's.")
     if processes.rank == 0:
-        (out / "parts").mkdir(parents=True, exist_ok=True)
+        files.make_folder(out / "parts")
         if overwrite:
             for part in (out / "parts").glob("*.jsonl"):
                 part.unlink()
@@ -130,12 +135,12 @@ def done_before(out: Path) -> dict[int, dict[str, Any]]:
     """Finished batches by number, from every process's part; a line that a crash cut off does not count."""
     found: dict[int, dict[str, Any]] = {}
     for part in sorted((out / "parts").glob("*.jsonl")):
-        for line in part.read_text(encoding="utf-8").split("\n"):
+        for line in files.read_bytes(part, LARGEST_PART).split(b"\n"):
             try:
                 record = json.loads(line)
-            except ValueError:
+                found[int(record["batch"])] = record
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue
-            found[record["batch"]] = record
     return found
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fedllm.data.encoding import Encoded
 from fedllm.evaluation.batches import (
+    LARGEST_PART,
     Batch,
     Processes,
     seed_of,
@@ -19,6 +20,7 @@ from fedllm.evaluation.settings import Settings
 from fedllm.evaluation.subject import Subject, loaded
 from fedllm.evaluation.vllm_backend import vllm_records
 from fedllm.models.inference import Sampling, continue_batch, row_losses
+from fedllm.storage import files
 from fedllm.storage import run_folder as folder
 from fedllm.tasks.task import Task
 
@@ -37,9 +39,8 @@ def run_batches(
 ) -> None:
     """Loads the model and does this process's batches, each on the disk before the next begins."""
     part = out / "parts" / f"{processes.rank}.jsonl"
-    if part.is_file() and not part.read_bytes().endswith(b"\n"):
-        with part.open("a") as stream:
-            stream.write("\n")
+    if part.is_file() and not files.read_bytes(part, LARGEST_PART).endswith(b"\n"):
+        files.append(part, "\n")
     limit = settings.max_new_tokens or task.max_new_tokens
     if settings.backend == "vllm":
         for record in vllm_records(settings, task, subject, [task.prompt(row) for row in rows], pending, limit):

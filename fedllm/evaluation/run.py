@@ -20,6 +20,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,9 @@ from fedllm.evaluation.statistics import scored
 from fedllm.evaluation.subject import subject_of, task_of
 from fedllm.models import language
 from fedllm.sandbox.runner import require
+from fedllm.storage import files
 from fedllm.storage import run_folder as folder
+from fedllm.storage.run_folder import held
 from fedllm.tasks.code import HumanEval
 
 
@@ -63,6 +66,12 @@ def evaluate(task_name: str | None, arguments: Sequence[str]) -> Path:
     Raises:
         FedError: an unknown key, a model, rows or adapter that cannot be had, or other settings in the output folder.
     """
+    with ExitStack() as lock:
+        return _evaluate(task_name, arguments, lock)
+
+
+def _evaluate(task_name: str | None, arguments: Sequence[str], lock: ExitStack) -> Path:
+    """``evaluate``, with the output folder for this launch alone until ``lock`` is closed."""
     started = time.perf_counter()
     language.settle_network()
     for library in ("transformers", "peft", "accelerate", "datasets"):
@@ -84,6 +93,10 @@ def evaluate(task_name: str | None, arguments: Sequence[str]) -> Path:
     tokenizer = language.tokenizer(subject.base)
     receipts = settings_of(settings, task_name, task, subject, path, rows, len(loaded))
     out = Path(settings.output) if settings.output else default_output(settings, task_name)
+    if processes.rank == 0:
+        if run is not None and settings.output is None:
+            files.make_folder(out.parent)
+        lock.enter_context(held(out, "output"))
     prepare(out, receipts, settings.overwrite, processes)
     encoded = encode(tokenizer, [task.prompt(r) for r in rows], [task.target(r) for r in rows], settings.max_length)
     encoded = [

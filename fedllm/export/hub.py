@@ -29,6 +29,7 @@ from fedllm.recipe import page as recipes
 from fedllm.recipe.sections import Hub, Recipe
 from fedllm.reports import run_record as story
 from fedllm.reports.formatting import size
+from fedllm.storage import files
 from fedllm.storage import peft_folder as adapters
 from fedllm.storage import run_folder as folder
 
@@ -53,6 +54,8 @@ def export(
     """Writes a finished run's adapters: the server's, and with ``hub.clients`` each client's own of the last round."""
     kind = recipe.worker.exported
     federation.export(recipe.output / kind, recipe.algorithm.served(state))
+    if recipe.hub.clients:
+        files.make_folder(recipe.output / f"{kind}_clients")
     for reply in replies if recipe.hub.clients else ():
         own = recipe.algorithm.personal(reply, memories.get(reply.client.id, {}))
         federation.export(recipe.output / f"{kind}_clients" / reply.client.id, own, reply.client)

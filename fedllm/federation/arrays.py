@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from fedllm.algorithms import PRIVATE
@@ -26,7 +26,7 @@ from fedllm.models.flops import forward_cost, sizes
 from fedllm.models.lowrank_conv import SHARED, freeze, plain, unfolded
 from fedllm.models.network import Make, fitted
 from fedllm.rounds import sample
-from fedllm.storage import run_folder
+from fedllm.storage import files, run_folder
 from fedllm.wire import serialization as ledger
 from fedllm.workers.settings import Vision
 from fedllm.workers.vision import VisionWorker, output
@@ -179,8 +179,8 @@ class ArrayFederation:
 
     def export(self, place: Path, update: Tensors, client: Client | None = None) -> None:
         """Writes the weights and, as JSON, the description from which `fedllm.models.network` builds the network."""
-        place.mkdir(parents=True, exist_ok=True)
-        save_file(ledger.flatten(plain(self.model, update)), place / "model.safetensors")
+        files.make_folder(place)
+        files.write(place / "model.safetensors", save(ledger.flatten(plain(self.model, update))))
         model = self.recipe.model if client is None else self.recipe.model.of(client)
         described = {
             "model": dataclasses.asdict(model),

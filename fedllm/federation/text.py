@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from fedllm.algorithms import ALGORITHMS
@@ -23,6 +23,7 @@ from fedllm.lowrank import LowRank, fill
 from fedllm.models import language
 from fedllm.recipe.sections import Recipe
 from fedllm.sandbox.runner import require
+from fedllm.storage import files
 from fedllm.storage import peft_folder as adapters
 from fedllm.wire import serialization as ledger
 from fedllm.workers.lora import target_shapes
@@ -183,8 +184,8 @@ class TextFederation:
     def export(self, place: Path, update: Tensors, client: Client | None = None) -> None:
         """Writes ``update`` as a PEFT folder, on the base model of ``client`` or of all; shared tensors as they are."""
         if shared := within("shared", update):
-            place.mkdir(parents=True, exist_ok=True)
-            save_file(ledger.flatten(shared), place / "shared.safetensors")
+            files.make_folder(place)
+            files.write(place / "shared.safetensors", save(ledger.flatten(shared)))
             return
         model = self.recipe.model if client is None else self.recipe.model.of(client)
         adapters.write(place, update, base_model=model.name, targets=self.settings.targets, overwrite=True)

@@ -34,6 +34,7 @@ from fedllm.reports.run_record import (
     read,
     rows_of,
 )
+from fedllm.storage import files
 
 
 def write(run: Path) -> Path:
@@ -48,7 +49,7 @@ def write(run: Path) -> Path:
     story = read(run)
     drawn = [*draw(story, run / "plots"), *(name for name in ASKED if (run / "plots" / f"{name}.png").is_file())]
     path = run / "report.md"
-    path.write_text(text(story, drawn), encoding="utf-8")
+    files.write(path, text(story, drawn))
     return path
 
 

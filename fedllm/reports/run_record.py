@@ -17,6 +17,10 @@ from typing import Any
 from fedllm.config import plain_yaml
 from fedllm.errors import FedError
 from fedllm.reports.formatting import is_fraction, number
+from fedllm.storage import files
+
+LARGEST_DIARY, LONGEST_RECORD, LARGEST_NOTE = 1 << 30, 8 << 20, 64 << 20
+"""Bytes of ``rounds.jsonl``, of one of its lines, and of a JSON file beside it that are read."""
 
 LAST = 10**9
 """No run has so many rounds; a record that claims to be later is broken."""
@@ -108,11 +112,11 @@ def records_in(path: Path) -> tuple[list[Mapping[str, Any]], int]:
     """The rounds in order, the last record of each, and how many lines were none."""
     found: dict[int, Mapping[str, Any]] = {}
     unreadable = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in files.read_bytes(path, LARGEST_DIARY).split(b"\n"):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line if len(line) <= LONGEST_RECORD else b"")
             index = int(record["round"])
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             index = 0
@@ -125,8 +129,8 @@ def records_in(path: Path) -> tuple[list[Mapping[str, Any]], int]:
 
 def json_in(path: Path) -> Mapping[str, Any]:
     try:
-        return mapping(json.loads(path.read_text(encoding="utf-8", errors="replace")))
-    except (OSError, ValueError, RecursionError):
+        return mapping(json.loads(files.read_bytes(path, LARGEST_NOTE)))
+    except (FedError, ValueError, RecursionError):
         return {}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import mmap
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedllm.core import Client, ClientResult, Failed, Reply, Round, Tensors
 from fedllm.errors import FedError
+from fedllm.storage import files
 from fedllm.wire.messages import pack, unpack
 from fedllm.wire.serialization import flatten, unflatten
 
@@ -38,7 +40,18 @@ FREE = {
 """What may change when a run goes on: how far, where, who watches, what mends a run that had to stop, what
 becomes of the model afterwards."""
 
-DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError)
+MOST_CLIENTS = 1_000_000
+"""Clients of one round; a manifest that claims more is none."""
+
+_CLIENT, _ROUND = TypeAdapter(Client), TypeAdapter(Round)
+
+NAME = re.compile(r"round_\d{1,9}(_\d{1,9})?")
+"""A checkpoint's folder."""
+
+DAMAGE = (
+    *(FedError, OSError, ValueError, KeyError, TypeError, AttributeError),
+    *(OverflowError, MemoryError, RecursionError, SafetensorError),
+)
 """What reading a file that is not what was written can raise."""
 
 
@@ -62,11 +75,47 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Writes ``folder/round_NNNN`` atomically, then removes those before the last ``KEEP``."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes ``folder/round_NNNN`` atomically, then removes those before the last ``KEEP``.
+
+    A round that is written again, with the clients of the round after it, gets a name of its own, ``round_NNNN_2``: at
+    no moment is there neither of the two.
+
+    Raises:
+        Unwritten: where the disk does not take it; what was there before is whole.
+    """
+    files.make_folder(folder)
     scratch = folder / ".writing"
-    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed here
-    scratch.mkdir()
+    with files.writing(folder):
+        try:
+            _remove(scratch)  # of a process that was killed here
+            scratch.mkdir()
+            _fill(scratch, checkpoint)
+            scratch.rename(_unused(folder, checkpoint.index))
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        files.sync(folder)
+        found = _rounds(folder)
+        kept = {_place(path)[0]: path for path in found}  # of each round the last that was written
+        for old in found:
+            if old not in list(kept.values())[-KEEP:]:
+                shutil.rmtree(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _unused(folder: Path, index: int) -> Path:
+    again = [_place(path)[1] for path in _rounds(folder) if _index(path) == index]
+    return folder / (f"round_{index:04d}_{max(again) + 1}" if again else f"round_{index:04d}")
+
+
+def _fill(scratch: Path, checkpoint: Checkpoint) -> None:
+    """Puts the tensors and the manifest that vouches for them into ``scratch``, on disk when it returns."""
     save_file(_owned(flatten(checkpoint.state)), scratch / "state.safetensors")
     clients = sorted(checkpoint.memories)
     for number, client in enumerate(clients):
@@ -87,15 +136,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     own = hashlib.sha256(body.encode()).hexdigest()
     (scratch / "checkpoint.json").write_text(f"{own}\n{body}\n", encoding="utf-8")
     for file in scratch.iterdir():
-        sync(file)
-    sync(scratch)
-    final = folder / f"round_{checkpoint.index:04d}"
-    if final.exists():
-        shutil.rmtree(final)
-    scratch.rename(final)
-    sync(folder)
-    for old in _rounds(folder)[:-KEEP]:
-        shutil.rmtree(old)
+        files.sync(file)
+    files.sync(scratch)
 
 
 def load(folder: Path, page: Mapping[str, Any], *, until: int | None = None) -> Checkpoint | None:
@@ -127,6 +169,22 @@ def load(folder: Path, page: Mapping[str, Any], *, until: int | None = None) -> 
     return None
 
 
+def check_state(checkpoint: Checkpoint, first: Tensors, where: Path) -> None:
+    """Checks the state of a run that goes on against that of round 0; ranks and further names may have come since.
+
+    Raises:
+        FedError: a tensor of the model is missing, or has another dtype.
+    """
+    there, wanted = flatten(checkpoint.state), flatten(first)
+    wrong = next((n for n, tensor in wanted.items() if n not in there or there[n].dtype != tensor.dtype), None)
+    if wrong is not None:
+        found = f"is {there[wrong].dtype}" if wrong in there else "is missing"
+        raise FedError(
+            f"the checkpoint of round {checkpoint.index} in {where} is not of this model: {wrong} {found}, and "
+            f"{wanted[wrong].dtype} is needed. Start anew with run.overwrite=true."
+        )
+
+
 def _owned(flat: dict[str, Tensor]) -> dict[str, Tensor]:
     """Views become tensors of their own: safetensors refuses two names for one memory."""
     seen: set[int] = set()
@@ -139,36 +197,45 @@ def _owned(flat: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _rounds(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("round_*") if re.fullmatch(r"round_\d+", path.name) and path.is_dir()]
-    return sorted(found, key=_index)
+    found = [path for path in folder.glob("round_*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted((path for path in found if not path.is_symlink()), key=_place)
+
+
+def _place(path: Path) -> tuple[int, int]:
+    """The round, and the how-manieth time it was written."""
+    index, _, again = path.name.removeprefix("round_").partition("_")
+    return int(index), int(again or 1)
 
 
 def _index(path: Path) -> int:
-    return int(path.name.removeprefix("round_"))
+    return _place(path)[0]
 
 
 def _read(path: Path) -> Checkpoint:
-    text = _bytes(path / "checkpoint.json", LONGEST).decode()
+    manifest_file = path / "checkpoint.json"
+    if manifest_file.lstat().st_size > LONGEST:
+        raise ValueError(f"checkpoint.json has {manifest_file.lstat().st_size} bytes, more than any manifest")
+    text = files.read_bytes(manifest_file, LONGEST).decode()
     own, _, body = text.partition("\n")
     if hashlib.sha256(body.removesuffix("\n").encode()).hexdigest() != own:
         raise ValueError("checkpoint.json is not what was written")
     manifest = json.loads(body)
     _well_formed(manifest, path)
     clients = manifest["clients"]
-    files = ["state.safetensors", *(f"memory_{number}.safetensors" for number in range(len(clients)))]
+    plain = ["state.safetensors", *(f"memory_{number}.safetensors" for number in range(len(clients)))]
     packed = [f"finished_{number}" for number in range(manifest["finished"])]
-    for name in [*files, *packed]:  # names are ours, not the manifest's: nothing outside the folder is ever opened
+    for name in [*plain, *packed]:  # names are ours, not the manifest's: nothing outside the folder is ever opened
         if _digest(path / name) != manifest["sha256"][name]:
             raise ValueError(f"{name} is not what was written")
-    state, *memories = (unflatten(load_file(path / name)) for name in files)
+    state, *memories = (unflatten(load_file(path / name)) for name in plain)
     return Checkpoint(
         int(manifest["round"]),
         state,
         dict(zip(clients, memories, strict=True)),
         manifest["records"],
         manifest["recipe"],
-        None if manifest["interrupted"] is None else Round(**manifest["interrupted"]),
-        [_unpacked((path / name).read_bytes()) for name in packed],
+        None if manifest["interrupted"] is None else _ROUND.validate_python(manifest["interrupted"]),
+        [_unpacked(path / name) for name in packed],
     )
 
 
@@ -182,10 +249,43 @@ def _well_formed(manifest: Any, path: Path) -> None:
         raise ValueError(f"checkpoint.json is of round {manifest['round']}")
     if not all(isinstance(client, str) for client in manifest["clients"]):
         raise ValueError("checkpoint.json: a client is no text")
-    if not all(isinstance(record, dict) for record in manifest["records"]):
-        raise ValueError("checkpoint.json: a record is no object")
+    if not 0 <= manifest["finished"] <= MOST_CLIENTS:
+        raise ValueError(f"checkpoint.json: {manifest['finished']} clients have finished")
+    if type(_at(manifest, "recipe", "run", "rounds")) is not int:
+        raise ValueError("checkpoint.json: its recipe has no number of rounds")
+    for number, record in enumerate(manifest["records"], start=1):
+        _check_record(record, number)
+    if len(manifest["records"]) != manifest["round"]:
+        raise ValueError(f"checkpoint.json: {len(manifest['records'])} records of {manifest['round']} rounds")
     if len(manifest["sha256"]) != 1 + len(manifest["clients"]) + manifest["finished"]:
         raise ValueError("checkpoint.json: it does not vouch for as many files as there are")
+
+
+def _at(value: Any, *path: str) -> Any:
+    """The value at this place of nested mappings, or None where there is none."""
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _check_record(record: Any, number: int) -> None:
+    """Raises ValueError where this is not what a finished round leaves."""
+    if not isinstance(record, dict) or record.get("round") != number or type(record["round"]) is not int:
+        raise ValueError(f"checkpoint.json: record {number} is not that of round {number}")
+    for key in ("clients", "weights", "refused", "eval"):
+        if not isinstance(record.get(key), dict):
+            raise ValueError(f"checkpoint.json: record {number} has no {key}")
+    for id, client in record["clients"].items():
+        if not isinstance(client, dict) or not isinstance(client.get("digest"), str):
+            raise ValueError(f"checkpoint.json: record {number} has no digest of client {id[:80]!r}")
+        if any(key.startswith("own_") and not _is_number(value) for key, value in client.items()):
+            raise ValueError(f"checkpoint.json: a score of client {id[:80]!r} in record {number} is no number")
+    if any(not _is_number(value) for value in record["eval"].values()):
+        raise ValueError(f"checkpoint.json: a score in record {number} is no number")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _packed(ended: Reply | Failed, memory: Tensors) -> bytes:
@@ -195,11 +295,14 @@ def _packed(ended: Reply | Failed, memory: Tensors) -> bytes:
     return pack(note | {"metrics": dict(ended.metrics)}, {"returned": ended.returned, "memory": memory})
 
 
-def _unpacked(message: bytes) -> ClientResult:
-    note, groups = unpack(message)
-    client = Client(**note["client"])
+def _unpacked(file: Path) -> ClientResult:
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as message:
+        note, groups = unpack(message)  # mapped: the note is found wanting before the tensors are read
+    client = _CLIENT.validate_python(note["client"])
     if "failed" in note:
-        return ClientResult(Failed(client, note["failed"]), groups["memory"])
+        return ClientResult(Failed(client, str(note["failed"])), groups["memory"])
+    if not isinstance(note["metrics"], dict):
+        raise ValueError(f"{file.name}: its metrics are no object")
     return ClientResult(Reply(client, {}, groups["returned"], note["metrics"]), groups["memory"])
 
 
@@ -214,25 +317,8 @@ def differences(now: Any, then: Any, where: str = "") -> Iterator[str]:
         yield f"{where} is {now!r} now and was {then!r}"
 
 
-def _bytes(file: Path, most: int) -> bytes:
-    if not file.is_file() or file.is_symlink():
-        raise ValueError(f"{file.name} is no file of its own")
-    if file.stat().st_size > most:
-        raise ValueError(f"{file.name} has {file.stat().st_size} bytes, more than any manifest")
-    return file.read_bytes()
-
-
 def _digest(file: Path) -> str:
     if not file.is_file() or file.is_symlink():  # a link to a device would never end
         raise ValueError(f"{file.name} is no file of its own")
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Has the file, or the folder's list of names, on disk when it returns."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

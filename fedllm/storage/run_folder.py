@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.errors import FedError
+from fedllm.storage import files
 
 MARK = "partition.json"
 """What tells a run's folder from others: written first and removed last."""
@@ -35,14 +36,22 @@ def check(out: Path, *, resume: bool, overwrite: bool) -> None:
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         what = "no file can be made there" if place.is_dir() else "that is no folder"
         raise FedError(f"run.output={out} would be made in {place}, and {what}: give another folder.")
+    if resume and not begun(out):
+        raise FedError(
+            f"run.resume=true, and there is no run in run.output={out} to resume: leave run.resume away to begin one, "
+            "or give the folder of the run."
+        )
     if not out.is_dir() or all(path.name == UNFINISHED for path in out.iterdir()):
         return
-    if not (out / MARK).is_file():
+    if not begun(out):
         raise FedError(f"run.output={out} holds files that are not a run's: give an empty or new folder.")
     if not (resume or overwrite):
         raise FedError(
             f"run.output={out} holds a run already: run.resume=true continues it, run.overwrite=true starts anew."
         )
+    linked = next((path for path in sorted(out.iterdir()) if path.is_symlink() and OWN.fullmatch(path.name)), None)
+    if linked is not None and resume:
+        raise FedError(f"{linked} is a link, and a run writes through none: put the file or folder itself there.")
     foreign = sorted(path.name for path in out.iterdir() if not OWN.fullmatch(path.name))
     if foreign and not resume:
         raise FedError(
@@ -51,28 +60,35 @@ def check(out: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
+def begun(out: Path) -> bool:
+    """Whether there is a run to resume."""
+    return (out / MARK).is_file()
+
+
 @contextmanager
-def held(out: Path) -> Iterator[None]:
+def held(out: Path, key: str = "run.output") -> Iterator[None]:
     """The folder, made where it is missing, for this process alone for as long as the context lasts.
 
     A lock of the system's on the folder itself: it goes with the process, however that ends. Where the file system has
     no such locks (some network ones), two runs are not kept apart.
+
+    Args:
+        key: the name of the setting that says where.
 
     Raises:
         FedError: another process has it, or it cannot be made.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
+        files.sync(out.parent)
         descriptor = os.open(out, os.O_RDONLY)
-    except OSError as error:
-        raise FedError(f"run.output={out} cannot be made: {error.strerror}.") from error
+    except (OSError, ValueError) as error:
+        raise FedError(f"{key}={out} cannot be made: {getattr(error, 'strerror', None) or error}.") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise FedError(
-            f"another process is writing the run in run.output={out}: wait for it, or take another folder."
-        ) from error
+        raise FedError(f"another process is writing in {key}={out}: wait for it, or take another folder.") from error
     except OSError:
         pass
     try:
@@ -91,7 +107,8 @@ def prepare(out: Path, recipe: str, partition: Mapping[str, Any], *, overwrite: 
         _empty(out)
     write(out / MARK, json.dumps(partition, indent=1))
     write(out / "recipe.yaml", recipe)
-    (out / "eval").mkdir(exist_ok=True)
+    for name in ("eval", "plots"):
+        files.make_folder(out / name)
 
 
 def _empty(out: Path) -> None:
@@ -108,13 +125,8 @@ def _empty(out: Path) -> None:
 
 
 def write(file: Path, text: str) -> None:
-    """``text`` into ``file``, by way of a temporary one and a rename."""
-    scratch = file.with_name(f".{file.name}.writing")
-    with scratch.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    scratch.replace(file)
+    """``text`` into ``file``, whole or not at all, through no link."""
+    files.write(file, text)
 
 
 def write_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -124,7 +136,4 @@ def write_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def append_line(file: Path, row: Mapping[str, Any]) -> None:
     """One more JSON line, on disk when this returns."""
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+    files.append(file, json.dumps(row) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from mmap import mmap
 from typing import Any
 
 from safetensors.torch import load, save
@@ -22,7 +23,7 @@ def pack(note: Mapping[str, Any], groups: Mapping[str, Tensors]) -> bytes:
     return len(text).to_bytes(8, "little") + text + (save(flat) if flat else b"")
 
 
-def unpack(message: bytes) -> tuple[dict[str, Any], dict[str, Tensors]]:
+def unpack(message: bytes | mmap) -> tuple[dict[str, Any], dict[str, Tensors]]:
     """What ``pack`` was given. Nothing in it is ever executed."""
     end = 8 + int.from_bytes(message[:8], "little")
     note = json.loads(message[8:end])

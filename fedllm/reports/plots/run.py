@@ -47,11 +47,12 @@ from fedllm.reports.run_record import (
     lower_is_better,
     rows_of,
 )
+from fedllm.storage.files import make_folder
 
 
 def draw(story: Story, folder: Path) -> list[str]:
     """Draws what the run has; the names of the plots written, without the suffix. Stale ones are removed."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     drawn = []
     with styled():
         for name, plot in PLOTS.items():

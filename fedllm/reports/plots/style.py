@@ -6,6 +6,7 @@ whose list of figures every caller would share.
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from fedllm.reports.formatting import size
 from fedllm.reports.run_record import Points, Story
+from fedllm.storage import files
 
 DPI = 110
 DOWN, UP, GREY, INK = "#0072B2", "#D55E00", "#8A8A8A", "#222222"
@@ -68,7 +70,9 @@ def styled() -> Iterator[None]:
 
 def save(figure: Figure, place: Path) -> None:
     FigureCanvasAgg(figure)
-    figure.savefig(place, dpi=DPI)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=DPI, format=place.suffix[1:])
+    files.write(place, drawn.getvalue())
 
 
 def panels(count: int, width: float = 4.6, height: float = 3.1, columns: int = 3) -> tuple[Figure, list[Axes]]:
