@@ -303,6 +303,8 @@ class Algorithm:
         any_model: no weight travels, and nothing is asked of a client's model but its answers: it may be a network that
             is trained whole, of any shape, or an adapter of any language model.
         at_most: why a plan's bytes are the most that can travel, where the values decide how much does.
+        summed: all that it does with replies is add them up, so that one reply can stand for a noisy sum of them. A
+            subclass does not inherit it: it has to be shown for each rule.
     """
 
     network: ClassVar[str] = ""
@@ -310,6 +312,12 @@ class Algorithm:
     any_rank: ClassVar[bool] = False
     any_model: ClassVar[bool] = False
     at_most: ClassVar[str] = ""
+    summed: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "summed" not in cls.__dict__:
+            cls.summed = False
 
     def validate(self, clients: Sequence[Client]) -> None:
         """Raises FedError where these clients cannot take part in this algorithm; called before anything is loaded."""

@@ -119,7 +119,14 @@ class Compressed(Algorithm):
     up: Precision = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("network", "low_rank", "any_rank", "any_model", "at_most"):  # the rule's, not the class's
+        for name in (
+            "network",
+            "low_rank",
+            "any_rank",
+            "any_model",
+            "at_most",
+            "summed",
+        ):  # the rule's, not the class's
             object.__setattr__(self, name, getattr(self.inner, name))
 
     def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:

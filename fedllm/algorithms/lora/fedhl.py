@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -41,6 +41,8 @@ class FedHL(FlexLoRA):
     truncation_error: Literal["norm", "squared_norm"] = "norm"
     weights_per: Literal["model", "module"] = "model"
     weights: Literal["fedhl", "fedavg", "rank"] = "fedhl"
+
+    summed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.epsilon < math.inf:

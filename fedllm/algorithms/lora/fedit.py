@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors, names_of
 from fedllm.errors import FedError
@@ -18,6 +18,8 @@ class FedIT(Algorithm):
 
     What is served, ``B A``, has cross terms ``B_i A_j`` that no client trained; the report says how large they are.
     """
+
+    summed: ClassVar[bool] = True
 
     def validate(self, clients: Sequence[Client]) -> None:
         of_one_rank(clients, "zero_padding, flexlora, flora or fedhl")

@@ -26,6 +26,7 @@ class FedLoRAAvg(FedIT):
 
     network: ClassVar[str] = "plain"
     low_rank: ClassVar[bool] = True
+    summed: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class FedLoRU(Algorithm):
 
     network: ClassVar[str] = "plain"
     low_rank: ClassVar[bool] = True
+    summed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.tau < 1:

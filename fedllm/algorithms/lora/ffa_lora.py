@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fedllm.algorithms.lora.fedit import FedIT, of_one_rank, started
 from fedllm.core import Client, ClientWorker, LocalResult, Reply, Round, Tensors, under, within
@@ -17,6 +17,8 @@ class FFALoRA(FedIT):
 
     A enters the state in the first round, from what was sent, and stays to the bit. ``B/name`` alone returns.
     """
+
+    summed: ClassVar[bool] = True
 
     def validate(self, clients: Sequence[Client]) -> None:
         of_one_rank(clients, "zero_padding, rbla, flexlora, raflora, flora or fedhl")

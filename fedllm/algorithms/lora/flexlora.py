@@ -25,6 +25,7 @@ class FlexLoRA(Algorithm):
     """
 
     any_rank: ClassVar[bool] = True
+    summed: ClassVar[bool] = True
 
     def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
         r_max = max(client.rank for client in clients)

@@ -32,6 +32,7 @@ class FLoRA(Algorithm):
     """
 
     any_rank: ClassVar[bool] = True
+    summed: ClassVar[bool] = True
 
     def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
         return {name: model.update.get(name, LowRank.zeros(*W.shape)) for name, W in model.weights.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fedllm.algorithms.lora.fedit import FedIT
 from fedllm.core import Client, Reply, Round, Tensors, names_of
@@ -39,6 +39,12 @@ class ZeroPadding(LeadingColumns):
     """
 
     weights: Literal["fedavg", "norm"] = "fedavg"
+
+    summed: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.weights == "norm":  # the replies decide about their own weights
+            object.__setattr__(self, "summed", False)
 
     def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
         p = self.shares(state, replies)
