@@ -28,11 +28,11 @@ from fedllm.federation.build import build_federation
 from fedllm.fleets.faults import Faults
 from fedllm.fleets.local import Local
 from fedllm.lowrank import LowRank
+from fedllm.models.libraries import quiet_libraries
 from fedllm.progress import Silent
 from fedllm.recipe import page as recipes
 from fedllm.rounds import Policy, federate, own_scores
 from fedllm.server.robust import Clip, Krum, Median, TrimmedMean
-from fedllm.train import hush
 
 RULES = ("fedit", "zero_padding", "flexlora", "flora", "fedhl")
 """Those of the table of guards."""
@@ -77,7 +77,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--write", type=Path, help="put the tables between this page's markers")
     given = parser.parse_args()
-    hush()
+    quiet_libraries()
     torch.set_num_threads(1)
     texts = {rule: adapters(rule) for rule in LOW_RANK}
     nets = {rule: networks(rule, WIDE) for rule in WHOLE} | {rule: networks(rule, OWN) for rule in PRIVATE}

@@ -27,10 +27,10 @@ from fedllm.core import Client, Model, Round
 from fedllm.data.encoding import encode
 from fedllm.fleets.local import Local
 from fedllm.models.language import LanguageModel, load, skeleton, tokenizer
+from fedllm.models.libraries import quiet_libraries
 from fedllm.progress import Silent
 from fedllm.rounds import federate
 from fedllm.tasks.word_problems import generate
-from fedllm.train import hush
 from fedllm.workers.lora import target_shapes
 from fedllm.workers.settings import SFT
 from fedllm.workers.sft import SFTWorker
@@ -49,7 +49,7 @@ DEFAULTS = {
 
 def main(arguments: list[str]) -> None:
     given = DEFAULTS | dict(argument.split("=", 1) for argument in arguments)
-    hush()
+    quiet_libraries()
     torch.set_num_threads(int(given["threads"]))
     clients, rounds, steps = int(given["clients"]), int(given["rounds"]), int(given["steps"])
     batch, rank, name = int(given["batch"]), int(given["rank"]), LanguageModel(given["model"], dtype="float32")

@@ -33,7 +33,9 @@ WEIGHTS = "adapter_model.safetensors"
 
 _MAX_CONFIG = 4 << 20  # bytes; a full name for each of 20 000 modules
 _MAX_HEADER = 16 << 20  # bytes; 100 000 tensors
-_MAX_MATCHES = 10_000_000  # patterns x modules: seconds, not hours
+_MAX_PATTERNS = 10_000  # 0.2 ms each to compile
+_MAX_MATCHES = 1_000_000  # names x modules: a second
+_MAX_SEARCHES = 10_000  # patterns that repeat something x modules: 0.3 ms each at the longest names
 _DTYPES = ("BF16", "F16", "F32")
 
 _MODULE = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
@@ -42,6 +44,9 @@ _KEY = re.compile(
     r"base_model\.model\.(?P<module>[^/]{1,256}?)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[A-Za-z0-9_-]{1,64}))?\.weight"
 )
 """A state dict saved by hand names its adapter too: ``...lora_A.default.weight``."""
+
+_REPEATED = re.compile(r"[*+?{]")
+_ANYWHERE = r"(.*\.)?"
 
 _ANY_VALUE = frozenset(
     [
@@ -281,12 +286,14 @@ def _table(
     table = config.get(key) or {}
     if not isinstance(table, dict):
         raise FedError(f"{path}: {key} must map patterns to numbers, got {_short(table)}.")
+    if len(table) > _MAX_PATTERNS:
+        raise FedError(f"{path}: {key} has {len(table)} patterns, and at most {_MAX_PATTERNS} are read.")
     compiled = {}
     for pattern, value in table.items():
         if len(pattern) > 512 or _slow(pattern):
             raise FedError(f"{path}: {key} has {_short(pattern)}, which could take for ever to match: write names.")
         try:
-            compiled[re.compile(rf"(.*\.)?({pattern})$")] = check(path, key, value)
+            compiled[re.compile(rf"{_ANYWHERE}({pattern})$")] = check(path, key, value)
         except (re.error, RecursionError, OverflowError) as error:
             raise FedError(
                 f"{path}: {key} has {_short(pattern)}, which is no regular expression: {_line(error)}."
@@ -295,9 +302,9 @@ def _table(
 
 
 def _slow(pattern: str) -> bool:
-    """Whether backtracking could go beyond a small polynomial: more than a layer number and an alternative or two."""
+    """Whether backtracking could go beyond a square: more than one repetition, or more than two groups."""
     repeated_group = re.search(r"\)[*+?{]", pattern)
-    return bool(repeated_group) or len(re.findall(r"[*+?{]", pattern)) > 3 or pattern.count("(") > 2
+    return bool(repeated_group) or len(_REPEATED.findall(pattern)) > 1 or pattern.count("(") > 2
 
 
 def _matched(table: Mapping[re.Pattern[str], Any], module: str, default: Any) -> Any:
@@ -358,8 +365,10 @@ def _scales(
     path: Path, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], config: Mapping[str, Any]
 ) -> dict[str, float]:
     """Each module's ``alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA; raises where config and shapes disagree."""
-    if len(shapes) * max(len(config["rank_pattern"]), len(config["alpha_pattern"])) > _MAX_MATCHES:
-        raise FedError(f"{path}: too many patterns for {len(shapes)} modules.")
+    for table in (config["rank_pattern"], config["alpha_pattern"]):
+        searches = sum(bool(_REPEATED.search(pattern.pattern.removeprefix(_ANYWHERE))) for pattern in table)
+        if len(shapes) * len(table) > _MAX_MATCHES or len(shapes) * searches > _MAX_SEARCHES:
+            raise FedError(f"{path}: {len(table)} patterns for {len(shapes)} modules take too long to match.")
     scales = {}
     for module, factors in shapes.items():
         if len(factors) < 2:
