@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -20,7 +22,7 @@ FEDLLM = [sys.executable, "-m", "fedllm.cli"]
 ROOT = Path(__file__).parents[1]
 
 
-def command(*words: str, cwd: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def command(*words: str, cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """One command to its end."""
     return subprocess.run(
         [*FEDLLM, *words], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
@@ -87,14 +89,14 @@ class Lab:
         path = self.folder / f"{name}.out"
         return path.read_text() if path.is_file() else ""
 
-    def until(self, name: str, words: str, seconds: float = 90) -> None:
+    def until(self, name: str, words: str, seconds: float = 240) -> None:
         """Waits until a process has said these words."""
         end = time.monotonic() + seconds
         while words not in self.said(name):
             assert time.monotonic() < end, f"{name} has not said {words!r}:\n{self.said(name)[-3000:]}"
             time.sleep(0.1)
 
-    def ended(self, name: str, seconds: float = 180) -> int:
+    def ended(self, name: str, seconds: float = 400) -> int:
         """The exit code of a process that ends by itself."""
         try:
             return self.running[name].wait(seconds)
@@ -104,11 +106,21 @@ class Lab:
                 + "\n".join(f"--- {other}: {self.said(other)[-800:]}" for other in self.running)
             ) from None
 
+    def children(self, name: str) -> list[int]:
+        """The processes that a program has started."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                parent = int(path.read_text().rpartition(")")[2].split()[1])
+                found += [int(path.parent.name)] if parent == self.running[name].pid else []
+        return found
+
     def kill(self, name: str) -> None:
-        """SIGKILL to a program; its children end with it."""
+        """SIGKILL to a program and to what it has started."""
+        for child in self.children(name):
+            os.kill(child, signal.SIGKILL)
         process = self.running.pop(name)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+        process.send_signal(signal.SIGKILL)
         process.wait(10)
 
     def close(self) -> None:
@@ -140,7 +152,6 @@ def simulated(folder: Path, arguments: Sequence[str]) -> None:
 
 def same_run(one: Path, other: Path) -> None:
     """Asserts that two runs ended in the same bits: adapter, state, and each client's update in every round."""
-    import json
 
     def digests(run: Path) -> list[dict[str, str]]:
         lines = (run / "rounds.jsonl").read_text().splitlines()

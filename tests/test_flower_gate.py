@@ -67,9 +67,9 @@ def test_the_gate_passes_what_nodes_need_and_nothing_else(behind):
 def test_the_gate_knows_the_keys(behind):
     port, asked = behind
     own = free_port()
-    with Gate("127.0.0.1", own, f"http://127.0.0.1:{port}", known=lambda: {b"ours"}):
+    with Gate("127.0.0.1", own, f"http://127.0.0.1:{port}", known=lambda: {b"ours": "a"}):
         at = f"http://127.0.0.1:{own}"
-        for key, code in ((b"ours", 204), (b"other", 401)):
+        for key, code in ((b"ours", 200), (b"other", 401)):
             headers = {gate.KEY_HEADER: base64.b64encode(key).decode()}
             assert httpx.post(at + gate.ASK, headers=headers).status_code == code
         assert httpx.post(f"{at}/v1/fleet/x").status_code == 401

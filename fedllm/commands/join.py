@@ -17,6 +17,7 @@ from fedllm.algorithms import ALGORITHMS
 from fedllm.core import Client, Tensors
 from fedllm.errors import FedError
 from fedllm.federation.build import build_federation
+from fedllm.federation.declared import OwnRows
 from fedllm.fleets.flower import keys, notes, policy
 from fedllm.fleets.flower.children import Child, said
 from fedllm.fleets.flower.gate import ASK, KEY_HEADER, free_port
@@ -36,12 +37,15 @@ class LocalSeat:
     Args:
         page: the recipe's, as the policy made it.
         id: the client that this node is.
+        dealt: whether the recipe deals its rows to it; else all that are there are its own.
     """
 
-    def __init__(self, page: Mapping[str, Any], id: str) -> None:
+    def __init__(self, page: Mapping[str, Any], id: str, dealt: bool = True) -> None:
         recipe = build("node", page)
         self.algorithm = recipe.algorithm
-        self._federation = build_federation(recipe)
+        if not dealt and recipe.worker.whole:
+            raise FedError(f"worker.name={recipe.worker_name}: a node's own rows are text; images are for rehearsals.")
+        self._federation: Any = build_federation(recipe) if dealt else OwnRows(recipe, id)
         known = {client.id: client for client in self._federation.clients}
         if id not in known:
             raise FedError(f"the recipe deals rows to {', '.join(list(known)[:8])}, and to no client {id}.")
@@ -78,7 +82,7 @@ def dry_run(folder: Path, arguments: Sequence[str]) -> str:
     """What this node would answer to a recipe's hello; nothing is sent, no weight is loaded."""
     own = _policy(folder)
     page = notes.public_page(load_recipe(arguments).page)
-    node = Node(folder, own, lambda made: LocalSeat(made, own.client), say=lambda text: None)
+    node = Node(folder, own, lambda made: LocalSeat(made, own.client, own.dealt), say=lambda text: None)
     answer, _ = node.handle({"do": "hello", "recipe": page, "versions": notes.versions()}, b"")
     digest = notes.recipe_digest(page)
     if "client" not in answer:
@@ -112,7 +116,7 @@ def join(folder: Path) -> int:
     command = api.supernode_command(
         own.server, port, folder / "node.secret", ca, None if ca is None else folder / "node"
     )
-    node = Node(folder, own, lambda page: LocalSeat(page, own.client), say)
+    node = Node(folder, own, lambda page: LocalSeat(page, own.client, own.dealt), say)
     supernode = Child(
         command,
         api.environment(folder / "flower"),
@@ -201,6 +205,8 @@ def _ask_server(own: Policy, folder: Path, ca: Path | None) -> None:
         if ca is None:
             raise FedError(f"{own.server} does not speak plain HTTP: leave insecure out of the policy.") from error
         return
+    if answer.status_code == 200 and ca is not None and answer.text != own.client:
+        raise FedError(f"{own.server} knows this node's key as client {notes.reason(answer.text)}, not {own.client}.")
     if answer.status_code == 401:
         raise FedError(
             f"{own.server} does not know this node's key: its operator runs "

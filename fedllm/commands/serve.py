@@ -14,6 +14,7 @@ import torch
 from fedllm.core import Display, Fleet, Worker
 from fedllm.errors import FedError
 from fedllm.federation.build import build_federation
+from fedllm.federation.declared import DeclaredFederation
 from fedllm.fleets.flower import keys, notes
 from fedllm.fleets.flower.children import Child, said
 from fedllm.fleets.flower.gate import Gate, free_port, refuse_taken
@@ -59,6 +60,8 @@ def serve(
 
     server, recipe = keys.load_server(folder), load_recipe(arguments)
     notes.refuse_unserved(recipe)
+    if recipe.worker.whole and not rehearsal:
+        raise FedError(f"worker.name={recipe.worker_name}: networks are served with --rehearsal, which deals the rows.")
     if not server.clients:
         raise FedError(f"{folder} allows no client yet: fedllm serve allow {folder} ID NODE.pub")
     least = len(server.clients) if least is None else least
@@ -76,7 +79,7 @@ def serve(
 
         roll = Roll(grid, server.clients, recipe.page, say)
         _wait(roll, sorted(server.clients), least, stopped, say)
-        federation = _rehearsal(recipe, roll.declared)
+        federation = _rehearsal(recipe, roll.declared) if rehearsal else _declared(recipe, roll.declared)
         _check_resumed(recipe, federation.clients)
         store = Store(folder / "replies", KEPT)
 
@@ -135,7 +138,7 @@ def _superlink(stack: ExitStack, folder: Path, server: keys.Server, say: Callabl
             None if tls is None else tls["ca"],
             None if tls is None else tls["certificate"],
             None if tls is None else tls["key"],
-            None if tls is None else lambda: known.keys(),
+            None if tls is None else lambda: known,
         )
     )
     say(f"nodes are awaited on {server.host}:{server.port}")
@@ -173,6 +176,12 @@ def _rehearsal(recipe: Recipe, declared: Mapping[str, Any]) -> Any:
         if there.client != client:
             raise FedError(f"client {client.id} declares {there.client}, and the recipe has {client}.")
     return federation
+
+
+def _declared(recipe: Recipe, declared: Mapping[str, Any]) -> DeclaredFederation:
+    """The federation of the clients that are here, in own data's order of ids."""
+    there = [declared[id] for id in notes.sorted_ids(list(declared))]
+    return DeclaredFederation(recipe, [d.client for d in there], {d.client.id: d.steps for d in there})
 
 
 def _check_resumed(recipe: Recipe, clients: Sequence[Any]) -> None:

@@ -11,7 +11,7 @@ import base64
 import socket
 import ssl
 import threading
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ FLEET = "/v1/fleet/"
 """The only paths that pass."""
 
 ASK = FLEET + "fedllm-known"
-"""A path of the gate's own: a node asks whether its key is on the list."""
+"""A path of the gate's own: a node asks which client its key belongs to."""
 
 KEY_HEADER = "flwr-public-key"
 
@@ -60,7 +60,7 @@ class Gate:
         upstream: the SuperLink, as ``https://127.0.0.1:PORT``.
         ca: the certificate authority's file; None on plain HTTP.
         certificate: its own, and ``key`` the key to it.
-        known: the public keys that may pass, as PEM; None where nodes have none.
+        known: the public keys that may pass, as PEM, with their clients; None where nodes have none.
     """
 
     host: str
@@ -69,7 +69,7 @@ class Gate:
     ca: Path | None = None
     certificate: Path | None = None
     key: Path | None = None
-    known: Callable[[], Collection[bytes]] | None = None
+    known: Callable[[], Mapping[bytes, str]] | None = None
 
     def application(self) -> Starlette:
         """The gate as an ASGI application."""
@@ -91,10 +91,11 @@ class Gate:
         raw = request.scope.get("raw_path", b"").split(b"?")[0]
         if request.method != "POST" or not path.startswith(FLEET) or ".." in path or raw != path.encode():
             return Response(status_code=403)
-        if not self._may_pass(request):
+        client = self._client(request)
+        if client is None:
             return Response(status_code=401)
         if path == ASK:
-            return Response(status_code=204)
+            return Response(client)
         body = bytearray()
         async for chunk in request.stream():
             body += chunk
@@ -112,13 +113,13 @@ class Gate:
         }
         return Response(answer.content, answer.status_code, passed)
 
-    def _may_pass(self, request: Request) -> bool:
-        """Whether the node's key is on the list; that it also has the private half is the SuperLink's to check."""
+    def _client(self, request: Request) -> str | None:
+        """The client that a node's key belongs to; that it has the private half too is the SuperLink's to check."""
         if self.known is None:
-            return True
+            return ""
         with suppress(ValueError):
-            return base64.b64decode(request.headers.get(KEY_HEADER, ""), validate=True) in self.known()
-        return False
+            return self.known().get(base64.b64decode(request.headers.get(KEY_HEADER, ""), validate=True))
+        return None
 
     def __enter__(self) -> Gate:
         config = uvicorn.Config(

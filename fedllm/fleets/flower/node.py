@@ -140,6 +140,7 @@ class Node:
                 return {"failed": "what it remembered is gone", "memory": reference}, b""
             memory = unpack(kept)[1]["memory"]
         job = Job(seat.client, groups["sent"], memory)
+        self.say(f"round {rnd.index}: training")
         started = time.monotonic()
         done_now, after = attempt(seat.algorithm, seat.worker(), job, rnd)
         seconds = time.monotonic() - started

@@ -306,8 +306,9 @@ client: {client}
 server: {server}
 rank: 8                       # the LoRA rank that this machine trains
 data:                         # the only place that a path comes from
-  name: own
+  name: alpaca                # columns instruction, input, output
   path: rows.csv
+  held_out: 20                # rows of it that are not trained on
 models: []                    # exact names, such as HuggingFaceTB/SmolLM2-135M-Instruct, or NAME@REVISION
 models_download: false        # true: a listed model may come from the Hub
 rules: [fedhl, flexlora, flora, zero_padding, fedit]
