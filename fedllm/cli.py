@@ -370,6 +370,16 @@ def serve_allow(folder: Path, client: str, public: Path | None, most_rows: int |
     return 0
 
 
+@serve.command("status")
+@click.argument("folder", type=FOLDER, metavar="DEPLOY")
+def serve_status(folder: Path) -> int:
+    """Shows which clients are there, and who trains."""
+    from fedllm.commands.serve import status
+
+    print(status(folder))
+    return 0
+
+
 @serve.command("run", cls=RecipeCommand, context_settings=WORDS, hidden=True)
 @click.argument("folder", type=FOLDER, metavar="DEPLOY")
 @words("arguments", "RECIPE [a.b=c ...]")

@@ -85,19 +85,28 @@ Lead = Callable[[Worker, Display, Callable[[], bool]], tuple[Worker, Fleet]]
 """The worker and the fleet of a run, of a loaded worker, the display, and whether somebody asked the run to stop."""
 
 
-def train(recipe: recipes.Recipe, processes: Processes, *, federation: Any = None, lead: Lead | None = None) -> None:
+def train(
+    recipe: recipes.Recipe,
+    processes: Processes,
+    *,
+    federation: Federation | None = None,
+    lead: Lead | None = None,
+    notes_of: Callable[[], Sequence[str]] = lambda: (),
+) -> None:
     """One recipe, from its rows to its report.
 
     Args:
         federation: of clients that are known already; by default the recipe's own.
         lead: makes the fleet; by default the launch's, of ``run.parallel``.
+        notes_of: what the fleet has to say of the run when it has ended.
     """
     run, out, console = recipe.run, recipe.output, Console()
     if not run.plan:
         folder.check(out, resume=run.resume, overwrite=run.overwrite)
         tracking.ready(run.tracker)
         hub.ready(recipe)
-    federation = build_federation(recipe) if federation is None else federation
+    if federation is None:
+        federation = build_federation(recipe)
     if run.plan:
         show(recipe, federation.plan(), console)
         return
@@ -110,7 +119,7 @@ def train(recipe: recipes.Recipe, processes: Processes, *, federation: Any = Non
             folder.check(out, resume=run.resume, overwrite=run.overwrite)
             begun = _begun(recipe, federation, resumed)
             rows, hint = _federated(recipe, federation, begun, made, processes, display, interrupted, lead)
-    notes = federation.notes
+    notes = [*federation.notes, *notes_of()]
     if recipe.eval.alone is not None:
         notes = [*notes, "A client alone trains for as many steps on its own rows as it does in the federation."]
     summary = {"title": title, "rows": rows, "notes": notes}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import threading
 from pathlib import Path
@@ -24,12 +25,15 @@ from fedllm.fleets.flower.fleet import Flower, Roll, score_everywhere  # noqa: E
 from fedllm.fleets.flower.keys import Member  # noqa: E402
 from fedllm.fleets.flower.node import Node, approve  # noqa: E402
 from fedllm.fleets.flower.store import Store  # noqa: E402
+from fedllm.fleets.local import Local  # noqa: E402
 from fedllm.fleets.processes import Processes  # noqa: E402
 from fedllm.progress import Silent  # noqa: E402
 from fedllm.recipe import load  # noqa: E402
 from fedllm.recipe.page import build  # noqa: E402
+from fedllm.rounds import federate  # noqa: E402
 from fedllm.train import train  # noqa: E402
 from fedllm.wire.messages import pack, unpack  # noqa: E402
+from fedllm.wire.serialization import canonical  # noqa: E402
 
 SMALL = [
     *("recipe=smoke", "data.train_rows=24", "data.test_rows=4", "worker.steps=1", "worker.batch_size=1"),
@@ -59,12 +63,18 @@ def roll_of(grid: FakeGrid, page, members=None) -> Roll:
     return roll
 
 
+def settle(roll: Roll, count: int) -> None:
+    """Until so many clients have said who they are."""
+    for _ in range(20):
+        roll.look()
+    assert len(roll.declared) == count, roll.told
+
+
 def played(folder: Path, arguments, grid: FakeGrid, stop=lambda: False, run="run") -> Path:
     """A run whose clients are the nodes of ``grid``."""
     recipe = load([*arguments, f"run.output={folder / 'far'}"])
     roll = roll_of(grid, recipe.page)
-    while len(roll.declared) < len(grid.there):
-        roll.look()
+    settle(roll, len(grid.there))
 
     def lead(worker, display, asked):
         return worker, Flower(roll, run, Store(folder / "replies", 100), display, stop, recipe.run.deadline)
@@ -255,8 +265,6 @@ def test_a_hostile_update_is_refused_and_the_state_is_the_one_without_it(tmp_pat
         grid.spoil = spoil
         runs.append(played(folder, SMALL, grid))
     same_run(*runs)
-    import json
-
     refused = [json.loads(line)["refused"]["c0"] for line in (runs[0] / "rounds.jsonl").read_text().splitlines()]
     assert "finite" in refused[0] and "rank" in refused[1]
 
@@ -304,12 +312,74 @@ def test_claims_are_bounded_by_the_server(bounds, words, tmp_path):
 def test_scores_on_nodes_are_weighted_by_rows_and_only_where_policies_allow(tmp_path):
     grid = FakeGrid({1: node(tmp_path, "c0", score=True), 2: node(tmp_path, "c1")})
     roll = roll_of(grid, load(SMALL).page)
-    while len(roll.declared) < 2:
-        roll.look()
+    settle(roll, 2)
     scores = score_everywhere(roll, {}, 30.0, lambda: False)
     seat = grid.there[1].take(policy.node_page(grid.there[1].policy, load(SMALL).page))
     assert scores["nodes_loss"] == pytest.approx(seat.score({})["loss"])
     assert [note["node"] for note in grid.pushed if note["do"] == "score"] == [1]
+
+
+def write_rows(path: Path, words: list[str]) -> None:
+    rows = [{"instruction": f"say {w}", "input": "", "output": f"{w} {w}"} for w in words]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def own_rows(folder: Path, client: str, words: list[str]) -> Node:
+    """A node whose rows are a file of its own."""
+    folder = folder / client
+    folder.mkdir()
+    write_rows(folder / "rows.jsonl", words)
+    (folder / "policy.yaml").write_text(
+        yaml.safe_dump(
+            {"client": client, "ask": "always", "rank": 4, "models": ["pico"], "rules": ["fedhl"]}
+            | {"data": {"name": "alpaca", "path": str(folder / "rows.jsonl"), "held_out": 1}}
+        )
+    )
+    own = policy.load(folder / "policy.yaml")
+    return Node(folder, own, lambda made: LocalSeat(made, client, own.dealt), say=lambda text: None)
+
+
+def test_clients_with_rows_of_their_own_are_who_they_say(tmp_path):
+    """The server has two held-out rows and no other; ids, rows and ranks are the nodes', each draws by its own id."""
+    from fedllm.commands.serve import _declared
+
+    held = tmp_path / "held.jsonl"
+    write_rows(held, list("xy"))
+    arguments = [
+        *("recipe=smoke", "data.name=alpaca", f"data.path={held}", "data.held_out=1", "run.threads=1"),
+        *("worker.steps=1", "eval.generate=false", "worker.optimizer=kept", f"run.output={tmp_path / 'far'}"),
+    ]
+    there = {1: own_rows(tmp_path, "mayo", list("abcd")), 2: own_rows(tmp_path, "charite", list("efghij"))}
+    recipe = load(arguments)
+    roll = roll_of(FakeGrid(there), recipe.page)
+    settle(roll, 2)
+    federation = _declared(recipe, roll.declared)
+    assert [(c.id, c.num_samples, c.rank) for c in federation.clients] == [("charite", 5, 4), ("mayo", 3, 4)]
+
+    def lead(worker, display, asked):
+        return worker, Flower(roll, "run", Store(tmp_path / "replies", 9), display)
+
+    train(recipe, Processes(), federation=federation, lead=lead, notes_of=roll.notes)
+
+    class Seats:
+        """The same two seats, in one process."""
+
+        def of(self, client):
+            (node,) = [n for n in there.values() if n.policy.client == client.id]
+            return next(iter(node._seats.values())).worker().of(client)
+
+    outcomes = list(
+        federate(
+            recipe.algorithm, federation.clients, Seats(), Local(Silent()), Silent(),
+            state=canonical(recipe.algorithm.init(federation.model, federation.clients)), memories={}, first=1,
+            rounds=2, seed=recipe.run.seed,
+        )
+    )  # fmt: skip
+    near = {id: c["digest"] for id, c in outcomes[-1].record["clients"].items()}
+    last = json.loads((tmp_path / "far" / "rounds.jsonl").read_text().splitlines()[-1])
+    assert near == {id: c["digest"] for id, c in last["clients"].items()}
+    report = (tmp_path / "far" / "report.md").read_text()
+    assert "Across machines: 2 clients on Flower" in report and "jobs were sent again" in report
 
 
 # The node

@@ -147,7 +147,13 @@ def test_a_clients_id_is_a_folders_name(id):
         keys.check_id(id)
 
 
-POLICY = {"client": "a", "rank": 8, "data": {"name": "own", "path": "rows.csv"}, "models": ["pico"], "rules": ["fedhl"]}
+POLICY = {
+    "client": "a",
+    "rank": 8,
+    "data": {"name": "own", "path": "rows.jsonl"},
+    "models": ["pico"],
+    "rules": ["fedhl"],
+}
 
 
 @pytest.mark.parametrize(
@@ -183,9 +189,9 @@ PAGE = {"algorithm": {"name": "fedhl"}, "model": {"name": "pico"}, "run": {"roun
 def test_templates_come_from_the_server_only_where_the_policy_says_so():
     """A template decides which columns reach the model."""
     page = PAGE | {"data": {"name": "own", "prompt_template": "{ssn}", "path": "/etc", "score": "x.py:f"}}
-    assert policy.node_page(own(), page)["data"] == {"name": "own", "clients": {"a": "rows.csv"}}
+    assert policy.node_page(own(), page)["data"] == {"name": "own", "clients": {"a": "rows.jsonl"}}
     taken = policy.node_page(own(templates="server"), page)["data"]
-    assert taken == {"name": "own", "clients": {"a": "rows.csv"}, "prompt_template": "{ssn}"}
+    assert taken == {"name": "own", "clients": {"a": "rows.jsonl"}, "prompt_template": "{ssn}"}
 
 
 def test_a_revision_is_listed_with_its_model():

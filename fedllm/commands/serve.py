@@ -29,6 +29,10 @@ KEPT = 2000
 """Replies that the server keeps of a run, beside its checkpoints: two rounds of a thousand clients."""
 
 
+SCORING = 600.0
+"""Seconds that nodes have for scoring where the recipe has no ``run.deadline``."""
+
+
 def init(folder: Path, host: str, port: int, insecure: bool) -> str:
     """Makes a server's folder; what to do next, in words."""
     keys.create_server(folder, host, port, insecure)
@@ -44,6 +48,23 @@ def allow(folder: Path, id: str, public: Path | None, most_rows: int | None, mos
     """Lets a client in; the answer in words."""
     keys.allow(folder, id, public, most_rows, most_rank)
     return f"client {id} may take part: {', '.join(keys.load_server(folder).clients)}."
+
+
+def status(folder: Path) -> str:
+    """Who is there and who trains, as the server last wrote it."""
+    keys.load_server(folder)
+    told = json_in(folder / "status.json")
+    if not told:
+        raise FedError(f"{folder} has not served yet: fedllm serve {folder} RECIPE")
+    age = time.time() - told["at"]
+    lines = [f"as of {age:.0f} s ago{', so the server does not run now' if age > 120 else ''}"]
+    for id, client in told["clients"].items():
+        seen = "never seen" if client["seen"] is None else f"seen {time.time() - client['seen']:.0f} s ago"
+        here = f"trains round {client['round']}" if client["round"] else "waits"
+        size = "" if client["rows"] is None else f"  {client['rows']} rows  rank {client['rank']}"
+        lines.append(f"{id:20}  {here if client['online'] else f'away, {seen}'}{size}")
+    lines.append(f"jobs sent again: {told['sent_again']}")
+    return "\n".join(lines)
 
 
 def serve(
@@ -75,18 +96,22 @@ def serve(
         link, secret = _superlink(stack, folder, server, say)
         stopped = stack.enter_context(once())
         grid = stack.enter_context(api.Grid(link, secret, stopped))
-        from fedllm.fleets.flower.fleet import Flower, Roll
+        from fedllm.fleets.flower.fleet import Flower, Roll, ScoredEverywhere
 
-        roll = Roll(grid, server.clients, recipe.page, say)
+        roll = Roll(grid, server.clients, recipe.page, say, folder / "status.json")
         _wait(roll, sorted(server.clients), least, stopped, say)
         federation = _rehearsal(recipe, roll.declared) if rehearsal else _declared(recipe, roll.declared)
         _check_resumed(recipe, federation.clients)
         store = Store(folder / "replies", KEPT)
 
         def lead(worker: Worker, display: Display, asked: Callable[[], bool]) -> tuple[Worker, Fleet]:
-            return worker, Flower(roll, name, store, display, lambda: asked() or stopped(), recipe.run.deadline)
+            def stop() -> bool:
+                return asked() or stopped()
 
-        run(recipe, Processes(), federation=federation, lead=lead)
+            scored = ScoredEverywhere(worker, roll, recipe.run.deadline or SCORING, stop)
+            return scored, Flower(roll, name, store, display, stop, recipe.run.deadline)
+
+        run(recipe, Processes(), federation=federation, lead=lead, notes_of=roll.notes)
     _forget(folder)
     return 0
 

@@ -11,7 +11,21 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from fedllm.core import Algorithm, Client, ClientResult, Display, Failed, Job, Reply, Round, StopAsked, Tensors, Worker
+from fedllm.core import (
+    Algorithm,
+    Client,
+    ClientResult,
+    ClientWorker,
+    Display,
+    Failed,
+    Job,
+    Reply,
+    Round,
+    Score,
+    StopAsked,
+    Tensors,
+    Worker,
+)
 from fedllm.errors import FedError
 from fedllm.fleets.flower import api, notes
 from fedllm.fleets.flower.keys import Member, clients_by_key
@@ -55,16 +69,22 @@ class Roll:
         members: who may take part; keys decide who is who. Without any key the ids are believed (plain HTTP, loopback).
         page: the recipe's.
         say: tells the operator.
+        status: the file that ``fedllm serve status`` reads; None writes none.
     """
 
     grid: api.Grid
     members: Mapping[str, Member]
     page: Mapping[str, Any]
     say: Callable[[str], None]
+    status: Path | None = None
     declared: dict[str, Declared] = field(default_factory=dict)
     online: dict[int, api.Node] = field(default_factory=dict)
     retries: int = 0
     wire_bytes: dict[str, int] = field(default_factory=lambda: {"down": 0, "up": 0})
+    training: dict[str, int] = field(default_factory=dict)
+    seen: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, Mapping[str, str]] = field(default_factory=dict)
+    _written: float = 0.0
     _asked: dict[str, int] = field(default_factory=dict)
     _greeted: dict[int, float] = field(default_factory=dict)
     _again: dict[int, float] = field(default_factory=dict)
@@ -92,6 +112,42 @@ class Roll:
             except BROKEN as error:
                 self.say(f"node {asked} answered hello with what is no answer: {notes.reason(error)}")
 
+        self._tell_status()
+
+    def _tell_status(self) -> None:
+        """Writes who is there, once a second at most."""
+        now = time.time()
+        for id, known in self.declared.items():
+            if known.node in self.online:
+                self.seen[id] = now
+        if self.status is None or now - self._written < 1.0:
+            return
+        self._written = now
+        clients = {
+            id: {
+                "online": id in self.declared and self.declared[id].node in self.online,
+                "seen": self.seen.get(id),
+                "round": self.training.get(id),
+                "rows": self.declared[id].client.num_samples if id in self.declared else None,
+                "rank": self.declared[id].client.rank if id in self.declared else None,
+            }
+            for id in self.members
+        }
+        told = {"at": now, "clients": clients, "sent_again": self.retries, "payload_bytes": self.wire_bytes}
+        scratch = self.status.with_name(f".{self.status.name}.writing")
+        scratch.write_text(json.dumps(told))
+        scratch.replace(self.status)
+
+    def notes(self) -> list[str]:
+        """What the report says of the nodes."""
+        others = sorted({f"{name} {v}" for told in self.versions.values() for name, v in told.items()})
+        return [
+            f"Across machines: {len(self.declared)} clients on Flower ({', '.join(list(self.declared)[:20])}), with "
+            f"{', '.join(others)}.",
+            f"Messages carried {self.wire_bytes['down']:,} bytes of payload to clients and {self.wire_bytes['up']:,} "
+            f"back; {self.retries} jobs were sent again.",
+        ]
+
     def owner(self, node: api.Node) -> str:
         """The client that a node's key belongs to; empty where nodes have no keys."""
         return clients_by_key(self.members).get(node.key, "")
@@ -115,6 +171,8 @@ class Roll:
         steps = note.get("steps")
         if type(steps) is not int or not 0 < steps < 2**31:
             raise ValueError("its steps are no number")
+        told = note.get("versions") or {}
+        self.versions[client.id] = {name: notes.reason(told.get(name, ""))[:20] for name in notes.versions()}
         self.declared[client.id] = Declared(client, steps, node, note.get("score") is True)
         self.say(f"client {client.id} is ready: {client.num_samples} rows, rank {client.rank}, {steps} steps a round")
 
@@ -222,6 +280,7 @@ class Flower:
             wait.message = self.roll.grid.push(declared.node, note, body, group=str(rnd.index))
             wait.node, wait.pushes = declared.node, wait.pushes + 1
             self.roll.retries += wait.pushes > 1
+            self.roll.training[job.client.id] = rnd.index
             self.roll.wire_bytes["down"] += len(body)
 
     def _pull(
@@ -237,6 +296,7 @@ class Flower:
             place = places[message]
             job, wait = jobs[place], waits[place]
             wait.message = ""
+            self.roll.training.pop(job.client.id, None)
             if answer.content is None and answer.code in api.AGAIN:
                 self.roll.say(f"client {job.client.id}: {notes.reason(answer.reason)} Its job will be sent again.")
                 continue
@@ -303,6 +363,24 @@ class Flower:
                 wait.message = ""
             if self.deadline is not None and passed > self.deadline:
                 finished[place] = ClientResult(Failed(job.client, f"no answer within {self.deadline:g} s"), job.memory)
+
+
+@dataclass(frozen=True)
+class ScoredEverywhere:
+    """The server's worker, whose scores include those of the nodes that score."""
+
+    inner: Worker
+    roll: Roll
+    seconds: float
+    stop: Callable[[], bool]
+
+    def of(self, client: Client) -> ClientWorker:
+        return self.inner.of(client)
+
+    def evaluate(self, update: Tensors) -> Score:
+        """Scores on the server's held-out rows, and as ``nodes_...`` on those of the nodes."""
+        score = self.inner.evaluate(update)
+        return Score(score.metrics | score_everywhere(self.roll, update, self.seconds, self.stop), score.generations)
 
 
 def score_everywhere(roll: Roll, update: Tensors, seconds: float, stop: Callable[[], bool]) -> dict[str, float]:

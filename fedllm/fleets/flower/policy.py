@@ -307,7 +307,7 @@ server: {server}
 rank: 8                       # the LoRA rank that this machine trains
 data:                         # the only place that a path comes from
   name: alpaca                # columns instruction, input, output
-  path: rows.csv
+  path: rows.jsonl
   held_out: 20                # rows of it that are not trained on
 models: []                    # exact names, such as HuggingFaceTB/SmolLM2-135M-Instruct, or NAME@REVISION
 models_download: false        # true: a listed model may come from the Hub
