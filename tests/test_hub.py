@@ -407,3 +407,83 @@ def test_each_client_s_own_adapter_is_kept_when_asked_for(run):
     ranks = {place.name: adapters.read(place).rank for place in sorted((run / "adapter_clients").iterdir())}
     assert ranks == {"c0": 16, "c1": 8, "c2": 4, "c3": 2}
     assert load([f"recipe={run / 'recipe.yaml'}"]).hub.clients
+
+
+def planted(folder: Path, where: str) -> None:
+    """A file of the run's folder becomes a link out of it, or something that the run did not write."""
+    secret = folder.parent / "secret"
+    secret.write_text("mine")
+    file = folder / where
+    file.unlink()
+    file.symlink_to(secret)
+
+
+@pytest.mark.parametrize(
+    "where", ["rounds.jsonl", "plots/learning.png", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"]
+)
+def test_no_link_is_followed_out_of_a_run(where: str, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    planted(tmp_path / "run", where)
+    with pytest.raises(FedError, match="is a link"):
+        hub.pack(tmp_path / "run", Hub(repo="me/x"), None)
+
+
+def test_a_file_that_no_run_writes_is_not_sent(run: Path, tmp_path: Path) -> None:
+    """A further picture stays here; a picture that is none, and weights that are none, are refused."""
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run/plots/evil.png").write_bytes(b"anything")
+    assert not any("evil" in name for name in hub.pack(tmp_path / "run", Hub(repo="me/x"), None))
+    (tmp_path / "run/plots/learning.png").write_bytes(b"anything")
+    with pytest.raises(FedError, match="no PNG picture"):
+        hub.pack(tmp_path / "run", Hub(repo="me/x"), None)
+    shutil.copy(run / "plots/learning.png", tmp_path / "run/plots")
+    (tmp_path / "run/adapter/adapter_model.safetensors").write_bytes(b"anything")
+    with pytest.raises(FedError, match="damaged|no whole|not a whole"):
+        hub.pack(tmp_path / "run", Hub(repo="me/x"), None)
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("hf_" + "a" * 20, "Hugging Face"),
+        ("sk-proj-" + "a1B2" * 8, "OpenAI"),
+        ("AKIA" + "ABCD" * 4, "AWS"),
+        ("ghp_" + "a1B2" * 9, "GitHub"),
+        ("github_pat_" + "a1B2" * 9, "GitHub"),
+        ("xoxb-123456789012-abcdef", "Slack"),
+        ("AIza" + "a1B2c" * 7, "Google"),
+        ("WANDB_API_KEY=" + "0123456789abcdef01234567" + "0123456789abcdef", "Weights & Biases"),
+        ("-----BEGIN OPENSSH PRIVATE KEY-----", "private key"),
+    ],
+)
+def test_a_key_in_the_diary_is_found_and_named_with_its_file(key: str, what: str) -> None:
+    parcel = {"rounds.jsonl": json.dumps({"refused": {"c1": f"It ended in {key} and more."}}).encode()}
+    with pytest.raises(FedError, match=rf"rounds.jsonl holds .*{what}.*nothing was uploaded"):
+        hub._refuse_secrets(parcel)
+
+
+def test_a_secret_of_the_environment_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_SERVICE_API_KEY", "plain-words-of-mine")
+    with pytest.raises(FedError, match="README.md holds the value of MY_SERVICE_API_KEY"):
+        hub._refuse_secrets({"README.md": b"see plain-words-of-mine"})
+    hub._refuse_secrets({"README.md": b"an honest card with sha256 " + b"0123456789abcdef" * 4})
+
+
+def test_paths_in_words_are_cut_too(run: Path, tmp_path: Path) -> None:
+    """A client's exception in the diary and the run's title name folders."""
+    shutil.copytree(run, tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    lines[-1]["refused"] = {
+        "c9": "No such file: /home/alice/secret plans/x.py or C:\\Users\\bob\\y.py, /srv/ann/base/w"
+    }
+    (tmp_path / "run/rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = yaml.safe_load((run / "recipe.yaml").read_text())
+    page["data"]["path"] = "/srv/ann/base"
+    (tmp_path / "run/recipe.yaml").write_text(yaml.safe_dump(page))
+    summary = json.loads((run / "summary.json").read_text()) | {"title": "run of /srv/ann/base, 4 clients"}
+    (tmp_path / "run/summary.json").write_text(json.dumps(summary))
+    parcel = hub.pack(tmp_path / "run", Hub(repo="me/x"), None)
+    for name in ("rounds.jsonl", "README.md", "recipe.yaml"):
+        assert not any(word in bytes(parcel[name]) for word in (b"alice", b"bob", b"/ann")), name
+    for line in bytes(parcel["rounds.jsonl"]).decode().splitlines():
+        json.loads(line)

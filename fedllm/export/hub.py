@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -24,11 +25,14 @@ from fedllm.errors import FedError
 from fedllm.export import merge as merging
 from fedllm.export import model_card as card
 from fedllm.export.merge import Merged
+from fedllm.export.secrets import refuse_keys, without_paths
 from fedllm.models import language
 from fedllm.recipe import page as recipes
 from fedllm.recipe.sections import Hub, Recipe
 from fedllm.reports import run_record as story
 from fedllm.reports.formatting import size
+from fedllm.reports.plots.run import PLOTS
+from fedllm.reports.report import ASKED
 from fedllm.storage import files
 from fedllm.storage import peft_folder as adapters
 from fedllm.storage import run_folder as folder
@@ -44,7 +48,10 @@ TRIES, FIRST_WAIT = 5, 1.0
 PASSING = {408, 425, 429, 500, 502, 503, 504}
 """Answers that another try may change."""
 
-SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{30,}|\bhf_jwt_[A-Za-z0-9._-]{30,}")
+PNG = b"\x89PNG\r\n\x1a\n"
+LARGEST_TEXT = 1 << 30
+"""Bytes of a text that is read to be uploaded."""
+
 TEXT = {".json", ".jsonl", ".yaml", ".md", ".txt", ".jinja"}
 
 
@@ -164,29 +171,62 @@ def pack(run: Path, settings: Hub, licence: str | None) -> Parcel:
     if not (run / "adapter" / adapters.CONFIG).is_file():
         raise FedError(f"{run} has no adapter/ yet: the run is not finished. run.resume=true ends it.")
     measured = merged_model(run, recipe, settings) if settings.merged else None
-    plots = sorted(path.stem for path in (run / "plots").glob("*.png"))
+    plots = sorted(name for name in (*PLOTS, *ASKED) if os.path.lexists(run / "plots" / f"{name}.png"))
     parcel: Parcel = {}
     if measured:
-        parcel |= {path.name: path for path in sorted((run / "merged").iterdir())}
-    parcel |= adapter_files(run / "adapter", "adapter/" if measured else "")
+        parcel |= _merged_files(run)
+    parcel |= adapter_files(run, run / "adapter", "adapter/" if measured else "")
     if settings.clients:
         kept = sorted((run / "adapter_clients").glob(f"*/{adapters.CONFIG}"))
         if not kept:
             raise FedError(f"{run} kept no client's adapter: train with hub.clients=true.")
         for file in kept:
-            parcel |= adapter_files(file.parent, f"clients/{file.parent.name}/")
-    parcel |= {f"plots/{name}.png": run / "plots" / f"{name}.png" for name in plots}
-    parcel["rounds.jsonl"] = run / "rounds.jsonl"
+            parcel |= adapter_files(run, file.parent, f"clients/{file.parent.name}/")
+    parcel |= {f"plots/{name}.png": _picture(run, name) for name in plots}
+    parcel["rounds.jsonl"] = files.read_bytes(files.check_own(run, run / "rounds.jsonl"), LARGEST_TEXT)
     parcel["recipe.yaml"] = card.recipe_page(told).encode()
     known = {key: str(value) for key, value in story.json_in(run / "versions.json").items()} or card.versions()
     page = card.text(run, told, licence=licence, known=known, plots=plots, merged=measured, repo=settings.repo)
     parcel["README.md"] = page.encode()
+    for name in ("README.md", "rounds.jsonl"):
+        parcel[name] = without_paths(parcel[name], told.recipe, run)  # type: ignore[arg-type]  # both are bytes
     _refuse_secrets(parcel)
     return dict(sorted(parcel.items()))
 
 
-def adapter_files(place: Path, prefix: str) -> Parcel:
-    """A PEFT folder's two files; a base model that is a folder of this machine is not named."""
+def _picture(run: Path, name: str) -> Path:
+    """A plot of the run's, as a file of its own that is a picture."""
+    file = files.check_own(run, run / "plots" / f"{name}.png")
+    with file.open("rb") as stream:
+        if stream.read(len(PNG)) != PNG:
+            raise FedError(f"{file} is no PNG picture, and nothing was uploaded: `fedllm report {run}` draws it again.")
+    return file
+
+
+def _merged_files(run: Path) -> Parcel:
+    """The merged model's files, which are those that were written when it was made."""
+    written = story.mapping(story.json_in(run / "merged.json").get("files"))
+    there = {path.name: files.check_own(run, path) for path in sorted((run / "merged").iterdir())}
+    other = sorted(
+        name for name in there.keys() | written.keys() if name not in there or written.get(name) != _size(there[name])
+    )
+    if other:
+        raise FedError(
+            f"{run / 'merged'}: {other[0]} is not as the merge wrote it, and nothing was uploaded. Remove that folder, "
+            "and it is made again."
+        )
+    return dict(there)
+
+
+def adapter_files(run: Path, place: Path, prefix: str) -> Parcel:
+    """A PEFT folder's two files; a base model that is a folder of this machine is not named.
+
+    Raises:
+        FedError: one is a link, or they are no adapter.
+    """
+    for name in (adapters.CONFIG, adapters.WEIGHTS):
+        files.check_own(run, place / name)
+    adapters.read(place)
     config = json.loads((place / adapters.CONFIG).read_text())
     name = config.get("base_model_name_or_path")
     if isinstance(name, str) and card.shareable(name) != name:
@@ -201,17 +241,27 @@ def merged_model(run: Path, recipe: Recipe, settings: Hub) -> Merged:
     """What was measured of ``run/merged``, which is made where it is missing or of another adapter or dtype."""
     note, place = run / "merged.json", run / "merged"
     known = story.json_in(note)
+    if place.is_symlink():
+        raise FedError(f"{place} is a link, and no link is followed out of a run's folder: put a folder there.")
+    files.check_own(run, run / "adapter" / adapters.WEIGHTS)
     with (run / "adapter" / adapters.WEIGHTS).open("rb") as stream:
         made_of = {"adapter": hashlib.file_digest(stream, "sha256").hexdigest(), "dtype": settings.dtype}
-    if place.is_dir() and known.get("made_of") == made_of:
-        return Merged(**known["measured"])
+    if place.is_dir() and known.get("made_of") == made_of and isinstance(known.get("files"), dict):
+        try:
+            return TypeAdapter(Merged).validate_python(known["measured"])
+        except (KeyError, ValueError) as error:
+            raise FedError(
+                f"{note} is not what a merge writes: remove it and {place}, and it is made again."
+            ) from error
     if place.exists():
         shutil.rmtree(place)
     texts = [str(row["prompt"]) for row in card.last_scores(run, story.read(run)) if row.get("prompt")]
     measured = merging.merge(
         recipe.model, run / "adapter", place, dtype=settings.dtype, seed=recipe.run.seed, texts=texts
     )
-    folder.write(note, json.dumps({"made_of": made_of, "measured": dataclasses.asdict(measured)}, indent=1))
+    written = {path.name: path.stat().st_size for path in sorted(place.iterdir())}
+    told = {"made_of": made_of, "measured": dataclasses.asdict(measured), "files": written}
+    folder.write(note, json.dumps(told, indent=1))
     return measured
 
 
@@ -332,15 +382,11 @@ def _size(source: Path | bytes) -> int:
 
 
 def _refuse_secrets(parcel: Mapping[str, Path | bytes]) -> None:
-    """Raises FedError where a text file holds a Hub token, this process's or any other."""
+    """Raises FedError where a text file holds a key."""
     from huggingface_hub import get_token
 
-    token = (get_token() or "").encode()
+    token = get_token()
     for name, source in parcel.items():
         if Path(name).suffix not in TEXT:
             continue
-        held = source if isinstance(source, bytes) else source.read_bytes()
-        if SECRET.search(held) or (len(token) > 8 and token in held):
-            raise FedError(
-                f"{name} holds a Hugging Face token, and nothing was uploaded: take it out of the run's files."
-            )
+        refuse_keys(name, source if isinstance(source, bytes) else files.read_bytes(source, LARGEST_TEXT), token)
