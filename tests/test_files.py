@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -210,3 +211,25 @@ def test_a_state_of_another_model_does_not_go_on(change: Any, said: str) -> None
     change(state)
     with pytest.raises(FedError, match=said):
         checkpoint.check_state(checkpoint.Checkpoint(1, state, {}, [], {}), first, Path("run"))
+
+
+def test_paths_of_a_recipe_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's page works from another folder; names of the Hub and paths that nobody has stay as they are."""
+    from fedllm.config.paths import absolute
+    from fedllm.recipe import page as recipes
+
+    (tmp_path / "rows").mkdir()
+    monkeypatch.chdir(tmp_path)
+    page = recipes.load(["recipe=smoke", "data.path=rows"]).page
+    assert page["data"]["path"] == str(tmp_path / "rows") and page["model"]["name"] == "pico"
+    for name in ("org/model", "~nobody-of-that-name/x", "a" * 5000, "a\0b"):
+        assert absolute(name) == name
+    assert absolute("rows") == str(tmp_path / "rows")
+
+
+def test_extras_are_installed_from_the_checkout() -> None:
+    """``fedllm`` on the public index is somebody else's."""
+    told = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "pyproject.toml", ROOT / "Makefile"]
+    told += [*(ROOT / "docs").rglob("*.md"), *(ROOT / "fedllm").rglob("*.py")]
+    for page in told:
+        assert not re.search(r"pip install [\"'\\]*fedllm", page.read_text(encoding="utf-8")), page

@@ -221,7 +221,7 @@ def test_every_rank_trains_at_its_own_size_and_the_loss_falls():
     ("bits", "layer", "stored"), [("4bit", "Linear4bit", torch.uint8), ("8bit", "Linear8bitLt", torch.int8)]
 )
 def test_a_quantised_base_trains_on_the_cpu(bits, layer, stored, tmp_path):
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'fedllm[quantization]'")
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install -e '.[quantization]'")
     load(PICO, CPU, seed=0).save_pretrained(tmp_path)
     tokenizer(PICO).save_pretrained(tmp_path)
     worker = make(SFT(steps=20, batch_size=4, learning_rate=1e-2), LanguageModel(str(tmp_path), quantization=bits))

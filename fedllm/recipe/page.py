@@ -16,10 +16,12 @@ from fedllm.algorithms import ALGORITHMS
 from fedllm.config import plain_yaml
 from fedllm.config.arguments import spelled
 from fedllm.config.pages import find, folders
+from fedllm.config.paths import absolute
 from fedllm.config.schema import as_section, parse_named, parse_section, refuse_unknown_keys
 from fedllm.data.partition import PARTITIONS
 from fedllm.errors import FedError
 from fedllm.fleets.faults import Faults
+from fedllm.models.language import LanguageModel, located
 from fedllm.recipe.checks import check_compatible, check_values
 from fedllm.recipe.sections import SECTIONS, Admission, Clients, Data, Evaluation, Hub, Recipe, Run
 from fedllm.server.robust import ROBUST
@@ -98,13 +100,15 @@ def build(name: str, page: Mapping[str, Any]) -> Recipe:
     )
     data_name, task = parse_named(TASKS, own, "data", default=None, also=common)
     data = parse_section(Data, {"task": task, **shared}, "data")
+    data = dataclasses.replace(data, path=None if data.path is None else absolute(data.path))
+    model = parse_section(worker.model_section, page.get("model"), "model")
     wire = parse_section(Wire, page.get("wire"), "wire")
     recipe = Recipe(
         name=name,
         run=run,
         algorithm=wire.around(algorithm),
         algorithm_name=algorithm_name,
-        model=parse_section(worker.model_section, page.get("model"), "model"),
+        model=located(model) if isinstance(model, LanguageModel) else model,
         data=data,
         data_name=data_name,
         clients=parse_section(Clients, page.get("clients"), "clients"),

@@ -24,8 +24,8 @@ Config = Mapping[str, Any]
 
 PROJECT = "fedllm"
 INSTALL = {
-    "trackio": 'pip install "fedllm[tracking]"',
-    "tensorboard": 'pip install "fedllm[tracking]"',
+    "trackio": 'pip install -e ".[tracking]" in the checkout',
+    "tensorboard": 'pip install -e ".[tracking]" in the checkout',
     "wandb": "pip install wandb",
 }
 LANES = {"weights": "weight", "truncation_error": "truncation_error"}
