@@ -139,6 +139,9 @@ Phase = tuple[float, Callable[[str], bool]]
 Penalty = Callable[[nn.Module], Tensor]
 """A term that is added to the loss, from the network."""
 
+ProductPenalty = Callable[[Tensors], Tensor]
+"""A term that is added to the loss, from the products that train, by name, LoRA's scale folded in."""
+
 
 @dataclass(frozen=True)
 class LocalTraining:
@@ -160,6 +163,10 @@ class LocalTraining:
         factors: which factors of the products train; the other comes back as it was sent.
         loss: instead of the worker's own.
         penalty: added to the loss.
+        product_penalty: added to the loss.
+        proximal: ``mu``; ``mu / 2 |theta - theta_start|^2`` over all that trains is added to the loss. Of a product
+            theta are the factors, B before LoRA's scale.
+        drift: of the kinds and names of ``weights``: ``theta <- theta - rate * drift`` after every optimizer step.
         phases: one after the other, their shares sum to 1; momentum goes on from one to the next. None: all weights.
         scale: HeteroFL's scaler rate.
         alphas: low-rank pairs among the weights -> LoRA's alpha.
@@ -176,6 +183,9 @@ class LocalTraining:
     factors: Literal["BA", "B", "A"] = "BA"
     loss: Loss | None = None
     penalty: Penalty | None = None
+    product_penalty: ProductPenalty | None = None
+    proximal: float = 0.0
+    drift: Tensors = field(default_factory=dict)
     phases: Sequence[Phase] = ()
     scale: float = 1.0
     alphas: Mapping[str, float] = field(default_factory=dict)
@@ -230,6 +240,10 @@ class ClientWorker(ABC):
     @abstractmethod
     def steps(self) -> int:
         """Optimizer steps of a round."""
+
+    def rate(self, rnd: Round) -> float:
+        """The learning rate of this round's steps."""
+        raise FedError(f"{type(self).__name__} has no one learning rate for a round: this rule needs one.")
 
     @property
     def model(self) -> Model:
@@ -302,6 +316,8 @@ class Algorithm:
         any_rank: ``aggregate`` takes products of any rank from a client, not only of the rank that it was sent.
         any_model: no weight travels, and nothing is asked of a client's model but its answers: it may be a network that
             is trained whole, of any shape, or an adapter of any language model.
+        plain_mean: ``aggregate`` is the entrywise mean of what returns, in the coordinates of what was sent, so that
+            steps entry by entry can go around it. A subclass does not inherit it.
         at_most: why a plan's bytes are the most that can travel, where the values decide how much does.
         summed: all that it does with replies is add them up, so that one reply can stand for a noisy sum of them. A
             subclass does not inherit it: it has to be shown for each rule.
@@ -311,13 +327,15 @@ class Algorithm:
     low_rank: ClassVar[bool] = False
     any_rank: ClassVar[bool] = False
     any_model: ClassVar[bool] = False
+    plain_mean: ClassVar[bool] = False
     at_most: ClassVar[str] = ""
     summed: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "summed" not in cls.__dict__:
-            cls.summed = False
+        for name in ("summed", "plain_mean"):
+            if name not in cls.__dict__:
+                setattr(cls, name, False)
 
     def validate(self, clients: Sequence[Client]) -> None:
         """Raises FedError where these clients cannot take part in this algorithm; called before anything is loaded."""
@@ -366,6 +384,64 @@ class Algorithm:
     def truncated(self, state: Tensors, client: Client) -> float:
         """``|| W_t - W_t^(r_i) ||_F`` over the whole model: how much of the served update this client cannot hold."""
         return 0.0
+
+
+@dataclass(frozen=True)
+class Around(Algorithm):
+    """A rule around a rule: what a subclass does not change is the inner rule's."""
+
+    inner: Algorithm
+
+    def __post_init__(self) -> None:
+        for name in ("network", "low_rank", "any_rank", "any_model", "at_most"):  # the rule's, not the class's
+            object.__setattr__(self, name, getattr(self.inner, name))
+
+    def validate(self, clients: Sequence[Client]) -> None:
+        self.inner.validate(clients)
+
+    def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
+        return self.inner.init(model, clients)
+
+    def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
+        return self.inner.download(state, client, rnd)
+
+    def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
+        return self.inner.local(worker, sent, memory, rnd)
+
+    def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
+        return self.inner.aggregate(state, replies, rnd)
+
+    def served(self, state: Tensors) -> Tensors:
+        return self.inner.served(state)
+
+    def personal(self, reply: Reply, memory: Tensors) -> Tensors:
+        return self.inner.personal(reply, memory)
+
+    def expected(self, reply: Reply) -> Tensors:
+        return self.inner.expected(reply)
+
+    def trained(self, reply: Reply) -> Tensors:
+        return self.inner.trained(reply)
+
+    def shares(self, state: Tensors, replies: Sequence[Reply]) -> dict[str, float]:
+        return self.inner.shares(state, replies)
+
+    def phases(self, rounds: int) -> tuple[int, ...]:
+        return self.inner.phases(rounds)
+
+    def truncated(self, state: Tensors, client: Client) -> float:
+        return self.inner.truncated(state, client)
+
+
+def innermost(rule: Algorithm) -> Algorithm:
+    """The rule that a page names, without what its other sections put around it."""
+    return innermost(rule.inner) if isinstance(rule, Around) else rule
+
+
+def described(rule: Algorithm) -> str:
+    """Its class, with those inside: ``Prox(FedIT)``."""
+    name = type(rule).__name__
+    return f"{name}({described(rule.inner)})" if isinstance(rule, Around) else name
 
 
 @dataclass(frozen=True)

@@ -94,11 +94,11 @@ def best(W: NDArray[np.float64], r: int) -> NDArray[np.float64]:
     return (U[:, :r] * S[:r]) @ Vt[:r]
 
 
-def shares(samples: Sequence[int]) -> NDArray[np.float64]:
+def shares(samples: Sequence[float]) -> NDArray[np.float64]:
     return np.array(samples) / sum(samples)
 
 
-def by_factors(paths: Sequence[Path], samples: Sequence[int]) -> Dense:
+def by_factors(paths: Sequence[Path], samples: Sequence[float]) -> Dense:
     """FedIT and zero-padding: factors are padded to the largest rank and averaged."""
     clients, p = [factors(path) for path in paths], shares(samples)
     out = {}
@@ -120,6 +120,11 @@ def by_products(paths: Sequence[Path], samples: Sequence[int], before: Path | No
         + sum(w * client[name][0] @ client[name][1] for w, client in zip(p, clients, strict=True))
         for name in clients[0]
     }
+
+
+def norms(paths: Sequence[Path]) -> list[float]:
+    """``|M_i|_F`` over the whole model, which HetLoRA weighs by."""
+    return [float(np.sqrt(sum(np.linalg.norm(B @ A) ** 2 for B, A in factors(path).values()))) for path in paths]
 
 
 def held(clients: Sequence[Any], name: str, samples: Sequence[int]) -> NDArray[np.float64]:
@@ -226,6 +231,7 @@ CASES: dict[str, list[tuple[str, list[str], str | None, Any]]] = {
     "florist": [("mixed", ["--set", "threshold=1.0"], None, by_products)],
     "lora_fair": [("equal", ["--set", "steps=0"], None, by_factors)],
     "fedrot_lora": [("equal", [], None, by_factors)],  # nothing turns where nothing was sent
+    "hetlora": [("mixed", [], None, lambda p, n: by_factors(p, norms(p)))],
     "rbla": [("mixed", [], None, by_columns)],
     "fed_plora": [("equal", [], None, by_columns)],
     "raflora": [("mixed", [], None, by_directions)],
@@ -242,6 +248,7 @@ PARTS = {
     "rolora": "RoLoRA",
     "fedsvd": "FedSVD",
     "fedsa_lora": "FedSALoRA",
+    "fed_sb": "FedSB",
 }
 """Rules whose clients return a part of an adapter, or factors of one."""
 
@@ -312,6 +319,7 @@ def test_a_rank_makes_it_the_best_approximation(
         ),
         whole["fedit"],
     )
+    whole["hetlora"] = lambda: by_factors(paths, norms(paths))
     whole["fedalt"] = lambda: by_factors(paths, [1] * len(paths))
     dense = whole.get(rule, lambda: by_products(paths, SAMPLES))()
     options: dict[str, Any] = {"florist": {"threshold": 1.0}, "lora_fair": {"steps": 0}}.get(rule, {})
@@ -435,7 +443,7 @@ def test_commands_that_cannot_work(folders: dict[str, list[Path]], tmp_path: Pat
     to = ["--out", out]
     cases: list[tuple[list[Any], str]] = [
         (["fedlh", *mixed, *to], "Did you mean fedhl?"),
-        (["xyzzy", *mixed, *to], "Valid: fed_plora, fedalt, feddpa"),
+        (["xyzzy", *mixed, *to], "Valid: fed_plora, fed_sb, fedalt"),
         (["fedit", *mixed, *to], "[2, 4, 7]"),
         (["fedit", *folders["equal"], *to, "--global", folders["wide"][0]], "rank 9 does not fit into rank 4"),
         (["flexlora", *mixed, *to, "--epsilon", "0.1"], "flexlora has no option 'epsilon': it belongs to fedhl"),

@@ -166,7 +166,7 @@ def test_1_from_nothing_the_products_are_averaged(rule: Algorithm) -> None:
     same(served(rule, rule.aggregate(start, replies, ROUND)), wanted, 1e-5)
 
 
-STAYS = {name: name not in {"zero_padding", "flexlora"} for name in LOW_RANK}
+STAYS = {name: name not in {"zero_padding", "flexlora", "hetlora"} for name in LOW_RANK}
 
 
 @pytest.mark.parametrize(("name", "stays"), STAYS.items())
@@ -375,6 +375,7 @@ SENT: dict[str, Callable[[LowRank, int], Matrix]] = {
     "lora_fair": lambda W, r: dense(W),
     "fedrot_lora": lambda W, r: dense(W),
     "feddpa": lambda W, r: dense(W),
+    "hetlora": lambda W, r: dense(W.leading(r)),
     "fedalt": lambda W, r: dense(W),  # its own; the others' mean is frozen
 }
 FROZEN = {"flora": "frozen", "fedloru": "W", "pfedloru": "W", "mfedloru": "W"}
@@ -384,7 +385,11 @@ HELD = {name: (lambda W, r: dense(W)) if name in FROZEN else sent for name, sent
 
 
 def test_those_that_send_something_else_have_a_test_of_their_own() -> None:
-    assert LOW_RANK.keys() - SENT.keys() == {"fed_plora", "fedsa_lora"}  # the latter by hand, in test_newer_rules
+    assert LOW_RANK.keys() - SENT.keys() == {
+        "fed_plora",
+        "fedsa_lora",
+        "fed_sb",
+    }  # the latter two by hand, in test_newer_rules
 
 
 def test_fed_plora_sends_all_of_what_is_served() -> None:

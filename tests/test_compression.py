@@ -159,7 +159,9 @@ def distance(given_: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -
 
 
 @pytest.mark.parametrize("precision", WIRES)
-@pytest.mark.parametrize("name", [name for name in LOW_RANK if name not in {"pfedloru", "mfedloru", "fedsa_lora"}])
+@pytest.mark.parametrize(
+    "name", [name for name in LOW_RANK if name not in {"pfedloru", "mfedloru", "fedsa_lora", "fed_sb"}]
+)
 def test_every_rule_serves_nearly_what_it_serves_uncompressed(name: str, precision: Any) -> None:
     """Eight rounds, both ways: within 3 % in eight bits, 0.2 % in sixteen.
 
@@ -171,7 +173,7 @@ def test_every_rule_serves_nearly_what_it_serves_uncompressed(name: str, precisi
     assert 0 < distance(given_, exact) < {"float16": 2e-3, "int8": 3e-2}[precision]
 
 
-@pytest.mark.parametrize("name", ["pfedloru", "mfedloru", "fedsa_lora"])
+@pytest.mark.parametrize("name", ["pfedloru", "mfedloru", "fedsa_lora", "fed_sb"])
 def test_the_others_run_as_well(name: str) -> None:
     """Their workers train more than adapters, or nothing is served; through the pack they get what they would."""
     rule = LOW_RANK[name]()

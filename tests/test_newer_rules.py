@@ -6,18 +6,22 @@ The second writing shares no code with the rules: float64, dense products, gradi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from fedllm.algorithms import LOW_RANK
+from fedllm.algorithms.compositions.local_step import Prox, Scaffold
+from fedllm.algorithms.compositions.server_step import Server, ServerStep
 from fedllm.algorithms.lora.fed_plora import FedPLoRA
+from fedllm.algorithms.lora.fed_sb import FedSB
 from fedllm.algorithms.lora.fedalt import FedALT
 from fedllm.algorithms.lora.feddpa import FedDPA
 from fedllm.algorithms.lora.fedex_lora import FedExLoRA
 from fedllm.algorithms.lora.fedit import FedIT
+from fedllm.algorithms.lora.fedloru import FedLoRAAvg
 from fedllm.algorithms.lora.fedmomentum import FedMomentum
 from fedllm.algorithms.lora.fedrot_lora import FedRotLoRA
 from fedllm.algorithms.lora.fedsa_lora import FedSALoRA
@@ -26,11 +30,14 @@ from fedllm.algorithms.lora.ffa_lora import FFALoRA
 from fedllm.algorithms.lora.flexlora import FlexLoRA
 from fedllm.algorithms.lora.flora import FLoRA
 from fedllm.algorithms.lora.florist import FLoRIST
+from fedllm.algorithms.lora.hetlora import HetLoRA
 from fedllm.algorithms.lora.lora_fair import LoRAFAIR
 from fedllm.algorithms.lora.raflora import RaFLoRA
 from fedllm.algorithms.lora.rbla import RBLA
 from fedllm.algorithms.lora.rolora import RoLoRA
-from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors
+from fedllm.algorithms.lora.zero_padding import ZeroPadding
+from fedllm.algorithms.networks.fedavg import FedAvg
+from fedllm.core import Algorithm, Client, ClientWorker, LocalResult, LocalTraining, Model, Reply, Round, Tensors
 from fedllm.errors import FedError
 from fedllm.lowrank import LowRank
 
@@ -55,48 +62,59 @@ def whole(W: Tensor | LowRank) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(ClientWorker):
     """A worker for one matrix that is zero before anything is learned: SGD on half the squared error, all rows."""
 
     client: Client
-    trained: list[str] = field(default_factory=list)
 
-    steps: int = STEPS
+    @property
+    def steps(self) -> int:
+        return STEPS
 
-    def train(
-        self,
-        adapter: Tensors,
-        memory: Tensors,
-        rnd: Round,
-        frozen: Tensors | None = None,
-        part: tuple[float, float] = (0.0, 1.0),
-        factors: str = "BA",
-        **others: Any,
-    ) -> Any:
-        assert not others
+    def rate(self, rnd: Round) -> float:
+        return RATE
+
+    def fit(self, request: LocalTraining) -> LocalResult:
+        request.only("linear", "frozen", "part", "factors", "nested", "proximal", "drift", "product_penalty")
         X, Y = rows_of(self.client)
-        base = whole((frozen or {}).get("w", torch.zeros(D_OUT, D_IN)))
-        B, A = (t.double().clone().requires_grad_() for t in (adapter["w"].B, adapter["w"].A))
-        for _ in range(round(part[1] * STEPS) - round(part[0] * STEPS)):
-            loss = 0.5 * (X @ (base + B @ A).T - Y).square().sum() / len(X)
-            moving = [t for name, t in (("B", B), ("A", A)) if name in factors]
-            for tensor, gradient in zip(moving, torch.autograd.grad(loss, moving), strict=True):
-                tensor.data -= RATE * gradient
-        self.trained.append(factors)
-        return {"w": LowRank(B.detach(), A.detach())}, {"moments": torch.ones(1)}, {"train_loss": 0.0}
-
-    def score(self, update: Tensors) -> dict[str, float]:
-        return {}
+        base = whole(request.frozen.get("w", torch.zeros(D_OUT, D_IN)))
+        outer_ = request.weights["w"]
+        start = request.nested.get("A/w", outer_)
+        B, A = (t.double().clone().requires_grad_() for t in (start.B, start.A))
+        begun = {"B": B.detach().clone(), "A": A.detach().clone()}
+        count = round(request.part[1] * STEPS) - round(request.part[0] * STEPS)
+        for _ in range(count):
+            M = outer_.B.double() @ (outer_.A.double() + B @ A) if request.nested else B @ A
+            loss = 0.5 * (X @ (base + M).T - Y).square().sum() / len(X)
+            moving = {name: t for name, t in (("B", B), ("A", A)) if name in request.factors}
+            for name, t in moving.items():
+                loss = loss + request.proximal / 2 * (t - begun[name]).square().sum()
+            if request.product_penalty is not None:
+                loss = loss + request.product_penalty({"w": LowRank(B, A)})
+            gradients = torch.autograd.grad(loss, list(moving.values()))
+            for (name, t), gradient in zip(moving.items(), gradients, strict=True):
+                t.data -= RATE * gradient
+                if request.drift:
+                    t.data -= RATE * getattr(request.drift["w"], name)
+        name = "A/w" if request.nested else "w"
+        metrics = {"train_loss": 0.0, "steps": float(count)}
+        return LocalResult({name: LowRank(B.detach(), A.detach())}, {"moments": torch.ones(1)}, metrics)
 
 
 def sgd(
-    client: Client, B: Tensor, A: Tensor, base: Tensor | float = 0.0, factors: str = "BA", steps: int = STEPS
+    client: Client,
+    B: Tensor,
+    A: Tensor,
+    base: Tensor | float = 0.0,
+    factors: str = "BA",
+    more: Callable[[Tensor, Tensor], tuple[Tensor | float, Tensor | float]] = lambda B, A: (0.0, 0.0),
 ) -> tuple[Tensor, Tensor]:
-    """The same by formula: with ``G`` the gradient of the matrix, B's is ``G A^T`` and A's ``B^T G``."""
+    """The same by formula: with ``G`` the gradient of the matrix, B's is ``G A^T`` and A's ``B^T G``, and ``more``."""
     X, Y = rows_of(client)
-    for _ in range(steps):
+    for _ in range(STEPS):
         G = (X @ (base + B @ A).T - Y).T @ X / len(X)
-        B, A = B - RATE * ("B" in factors) * G @ A.T, A - RATE * ("A" in factors) * B.T @ G
+        for_B, for_A = more(B, A)
+        B, A = B - RATE * ("B" in factors) * (G @ A.T + for_B), A - RATE * ("A" in factors) * (B.T @ G + for_A)
     return B, A
 
 
@@ -376,6 +394,141 @@ def fedalt() -> list[Tensor]:
     return models
 
 
+@again("hetlora", HetLoRA(gamma=0.5, regularization=3.0), MIXED)
+def hetlora() -> list[Tensor]:
+    B, A = torch.zeros(D_OUT, 4, dtype=torch.float64), drawn(4, Round(1, seed=3))
+    ranks = {c: c.rank for c in MIXED}
+    served = []
+    for _ in range(3):
+        returned = []
+        for client in MIXED:
+            r, c = ranks[client], max(1, ranks[client] // 2)
+
+            def tail(b: Tensor, a: Tensor, c: int = c) -> tuple[Tensor, Tensor]:
+                """The gradient of 3 |B_c| |A_c|, zero where a norm is."""
+                b0, a0 = b.clone(), a.clone()
+                b0[:, :c], a0[:c] = 0, 0
+                nb, na = b0.norm(), a0.norm()
+                return 3 * na * b0 / (nb or 1.0), 3 * nb * a0 / (na or 1.0)
+
+            b, a = sgd(client, B[:, :r], A[:r], more=tail)
+            if b[:, c:].norm() * a[c:].norm() < B[:, c:r].norm() * A[c:r].norm():
+                b, a, ranks[client] = b[:, :c], a[:c], c
+            pad = 4 - b.shape[1]
+            returned.append((torch.nn.functional.pad(b, (0, pad)), torch.nn.functional.pad(a, (0, 0, 0, pad))))
+        norms = [(b @ a).norm() for b, a in returned]
+        B = sum(n * b for n, (b, _) in zip(norms, returned, strict=True)) / sum(norms)
+        A = sum(n * a for n, (_, a) in zip(norms, returned, strict=True)) / sum(norms)
+        served.append(B @ A)
+    assert ranks != {c: c.rank for c in MIXED}, "somebody must have pruned"
+    return served
+
+
+@again("fed_sb", FedSB(), EQUAL)
+def fed_sb() -> list[Tensor]:
+    generator = Round(0, 3).rng("basis", "w")
+    B, A = (torch.linalg.qr(torch.randn(d, 3, generator=generator)).Q.double() for d in (D_OUT, D_IN))
+    R = torch.zeros(3, 3, dtype=torch.float64)
+    served = []
+    for _ in range(3):
+        returned = []
+        for client in EQUAL:
+            X, Y = rows_of(client)
+            mine = R
+            for _ in range(STEPS):
+                mine = mine - RATE * B.T @ ((X @ (B @ mine @ A.T).T - Y).T @ X / len(X)) @ A
+            returned.append(mine)
+        R = mean(returned)
+        served.append(B @ R @ A.T)
+    return served
+
+
+@again("prox of fedit", Prox(FedIT(), 0.7), EQUAL)
+def prox() -> list[Tensor]:
+    B, A = START
+    served = []
+    for _ in range(3):
+        B0, A0 = B, A
+        returned = [sgd(c, B, A, more=lambda b, a, B0=B0, A0=A0: (0.7 * (b - B0), 0.7 * (a - A0))) for c in EQUAL]
+        B, A = mean([b for b, _ in returned]), mean([a for _, a in returned])
+        served.append(B @ A)
+    return served
+
+
+@again("scaffold of fedit", Scaffold(FedIT()), EQUAL)
+def scaffold() -> list[Tensor]:
+    x = START
+    c: tuple[Tensor | float, ...] = (0.0, 0.0)
+    own: dict[Client, tuple[Tensor | float, ...]] = {client: (0.0, 0.0) for client in EQUAL}
+    served = []
+    for _ in range(3):
+        returned, change = {}, {}
+        for client in EQUAL:
+            drift = tuple(a - b for a, b in zip(c, own[client], strict=True))
+            returned[client] = sgd(client, *x, more=lambda b, a, drift=drift: drift)
+            after = tuple(
+                mine - all_ + (start - end) / (STEPS * RATE)
+                for mine, all_, start, end in zip(own[client], c, x, returned[client], strict=True)
+            )
+            change[client] = tuple(new - old for new, old in zip(after, own[client], strict=True))
+            own[client] = after
+        x = mean([b for b, _ in returned.values()]), mean([a for _, a in returned.values()])
+        c = tuple(one + sum(d[i] for d in change.values()) / 3 for i, one in enumerate(c))
+        served.append(x[0] @ x[1])
+    return served
+
+
+def optimized(step: Callable[[Tensor, dict[str, Tensor]], Tensor]) -> list[Tensor]:
+    """FedIT whose server steps by ``step(Delta, memory)`` for B and for A."""
+    x = list(START)
+    memories: list[dict[str, Tensor]] = [{}, {}]
+    served = []
+    for _ in range(3):
+        returned = [sgd(client, *x) for client in EQUAL]
+        for i in (0, 1):
+            x[i] = x[i] + step(mean([pair[i] - x[i] for pair in returned]), memories[i])
+        served.append(x[0] @ x[1])
+    return served
+
+
+@again("avgm of fedit", ServerStep(FedIT(), Server("avgm", beta=0.5)), EQUAL)
+def avgm() -> list[Tensor]:
+    def step(delta: Tensor, memory: dict[str, Tensor]) -> Tensor:
+        memory["m"] = 0.5 * memory.get("m", torch.zeros_like(delta)) + delta
+        return memory["m"]
+
+    return optimized(step)
+
+
+@again("adagrad of fedit", ServerStep(FedIT(), Server("adagrad", learning_rate=0.1, tau=0.01)), EQUAL)
+def adagrad() -> list[Tensor]:
+    def step(delta: Tensor, memory: dict[str, Tensor]) -> Tensor:
+        memory["v"] = memory.get("v", torch.full_like(delta, 1e-4)) + delta**2
+        return 0.1 * delta / (memory["v"] ** 0.5 + 0.01)
+
+    return optimized(step)
+
+
+def _adam_like(yogi: bool) -> list[Tensor]:
+    def step(delta: Tensor, memory: dict[str, Tensor]) -> Tensor:
+        v = memory.get("v", torch.full_like(delta, 1e-4))
+        memory["m"] = 0.9 * memory.get("m", torch.zeros_like(delta)) + 0.1 * delta
+        memory["v"] = v - 0.01 * delta**2 * (v - delta**2).sign() if yogi else 0.99 * v + 0.01 * delta**2
+        return 0.1 * memory["m"] / (memory["v"] ** 0.5 + 0.01)
+
+    return optimized(step)
+
+
+@again("adam of fedit", ServerStep(FedIT(), Server("adam", learning_rate=0.1, tau=0.01)), EQUAL)
+def adam() -> list[Tensor]:
+    return _adam_like(yogi=False)
+
+
+@again("yogi of fedit", ServerStep(FedIT(), Server("yogi", learning_rate=0.1, tau=0.01)), EQUAL)
+def yogi() -> list[Tensor]:
+    return _adam_like(yogi=True)
+
+
 TOLERANCES = {"fedrot_lora": 1e-5}
 """FedRot-LoRA adds a millionth of the identity before it looks for the rotation."""
 
@@ -618,6 +771,162 @@ def test_fedalt_with_all_weight_on_the_own_adapter_is_training_alone() -> None:
         assert (given - alone).norm() <= 1e-9 * alone.norm()
 
 
+def test_hetlora_by_hand() -> None:
+    """Rank 2, c = 1: a tail of 2 * 1 as received. 1 * 1.5 after training is less: it prunes; 2 * 1 is not."""
+    rule, client = HetLoRA(gamma=0.5), Client("0", 4, 2)
+    sent = {"w": LowRank(torch.diag(torch.tensor([3.0, 2.0])), torch.eye(2))}
+
+    class Returns(Linear):
+        tail = 1.5
+
+        def fit(self, request: LocalTraining) -> LocalResult:
+            assert request.product_penalty is not None
+            assert float(request.product_penalty(sent)) == pytest.approx(0.01 * 2)
+            B = torch.diag(torch.tensor([3.0, 1.0]))
+            return LocalResult({"w": LowRank(B, torch.diag(torch.tensor([1.0, self.tail])))}, {}, {})
+
+    pruned = rule.local(Returns(client), sent, {}, Round(1, 0)).returned["w"]
+    near(pruned.B, [[3, 0], [0, 0]])
+    Returns.tail = 2.0
+    near(rule.local(Returns(client), sent, {}, Round(1, 0)).returned["w"].A, [[1, 0], [0, 2]])
+    state = rule.aggregate(sent, [Reply(client, sent, {"w": pruned})], Round(1, 0))
+    assert int(state["rank/0"]) == 1 and rule.download(state, client, Round(2, 0))["w"].rank == 1
+    assert rule.download(state, Client("1", 4, 2), Round(2, 0))["w"].rank == 2
+    assert rule.truncated(state, client) == 0.0
+    assert int(rule.aggregate(state, [Reply(client, sent, sent)], Round(2, 0))["rank/0"]) == 1, "it never grows"
+
+
+def test_fed_sb_by_hand() -> None:
+    """n = 3 and 1, R_1 = [[4, 0], [0, 0]], R_2 = [[0, 0], [8, 0]]: R = [[3, 0], [2, 0]] between the seed's B and A."""
+    rule, clients = FedSB(), [Client("0", 3, 2), Client("1", 1, 2)]
+    start = rule.init(Model({"w": torch.empty(2, 2, device="meta")}), clients)
+    values = [tensor([[4, 0], [0, 0]]), tensor([[0, 0], [8, 0]])]
+    replies = [replied(rule, start, c, {"R/w": R}, Round(1, 5)) for c, R in zip(clients, values, strict=True)]
+    after = rule.aggregate(start, replies, Round(1, 5))
+    near(after["R/w"], [[3, 0], [2, 0]])
+    one = {"R/w": torch.eye(2)}
+    frames = rule.trained(replace(replies[0], returned=one))["w"]
+    torch.testing.assert_close(frames.B.T @ frames.B, torch.eye(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(frames.A @ frames.A.T, torch.eye(2), atol=1e-6, rtol=0)
+    near(whole(rule.served(after)["w"]), (frames.B @ tensor([[3, 0], [2, 0]]) @ frames.A).tolist())
+    assert not whole(rule.served(start)["w"]).any()
+    assert {key for key in replies[0].sent} == {"R/w", "shape/w", "seed"}
+
+
+# --- compositions, by hand
+
+
+def stepped(server: Server, x: float, ys: Sequence[Sequence[float]]) -> list[float]:
+    """A network of one weight, after each round in which clients with equal rows returned these values."""
+    rule = ServerStep(FedAvg(), server)
+    clients = [Client(str(i), 1) for i in range(len(ys[0]))]
+    state = rule.init(Model({"w": torch.tensor([x], dtype=torch.float64)}), clients)
+    values = []
+    for index, row in enumerate(ys, start=1):
+        rnd = Round(index, 0)
+        returned = [torch.tensor([y], dtype=torch.float64) for y in row]
+        replies = [replied(rule, state, c, {"w": y}, rnd) for c, y in zip(clients, returned, strict=True)]
+        state = rule.aggregate(state, replies, rnd)
+        values.append(float(rule.served(state)["w"]))
+    return values
+
+
+def test_server_steps_by_hand() -> None:
+    """x = 1, y = 1.4 and 1.2: Delta = .3. avgm: 1.3, then with Delta = .2 m = .47 and x = 1.77."""
+    assert stepped(Server("avgm"), 1.0, [[1.4, 1.2], [1.5, 1.5]]) == pytest.approx([1.3, 1.77])
+    assert stepped(Server("adam", 0.5, tau=0.1), 1.0, [[1.4, 1.2]]) == pytest.approx([1.073557], abs=1e-6)
+    assert stepped(Server("adagrad", 0.5, tau=0.1), 1.0, [[1.4, 1.2]]) == pytest.approx([1.360380], abs=1e-6)
+    v = 0.01 + 0.01 * 0.09  # .01 - .01 * .09 * sign(.01 - .09)
+    after = 1 + 0.5 * 0.03 / (v**0.5 + 0.1)
+    assert stepped(Server("yogi", 0.5, tau=0.1), 1.0, [[1.4, 1.2]]) == pytest.approx([after])
+
+
+def test_statistics_of_norms_are_averaged_and_not_stepped() -> None:
+    """An Adam step of a running variance could make it negative; a counter is nobody's update."""
+    rule, client = ServerStep(FedAvg(), Server("adam", 10.0)), Client("0", 1)
+    weights = {"n.running_var": torch.tensor([1.0]), "n.count": torch.tensor(3), "w": torch.tensor([1.0])}
+    state = rule.init(Model(weights), [client])
+    returned = {"n.running_var": torch.tensor([0.5]), "n.count": torch.tensor(4), "w": torch.tensor([0.5])}
+    after = rule.served(rule.aggregate(state, [replied(rule, state, client, returned, Round(1, 0))], Round(1, 0)))
+    assert (float(after["n.running_var"]), int(after["n.count"])) == (0.5, 4) and float(after["w"]) < -5
+
+
+def test_scaffold_by_hand() -> None:
+    """x = 1, g = 2, c = .5, c_i = 1, eta = .1, K = 2: y = .7, c_i' = 1 - .5 + .3 / .2 = 2; N = 4, alone: c = .75."""
+
+    class Slope(ClientWorker):
+        client = Client("0", 1)
+        steps = 2  # type: ignore[assignment]
+
+        def rate(self, rnd: Round) -> float:
+            return 0.1
+
+        def fit(self, request: LocalTraining) -> LocalResult:
+            w = request.weights["w"]
+            for _ in range(2):
+                w = w - 0.1 * (2 + request.drift["w"])
+            return LocalResult({"w": w}, {}, {"steps": 2.0})
+
+    rule, clients = Scaffold(FedAvg()), [Client(str(i), 1) for i in range(4)]
+    state = {**rule.init(Model({"w": torch.tensor([1.0])}), clients), "scaffold/w": torch.tensor([0.5])}
+    sent = rule.download(state, clients[0], Round(2, 0))
+    done = rule.local(Slope(), sent, {"scaffold/w": torch.tensor([1.0])}, Round(2, 0))
+    assert done.returned["w"].item() == pytest.approx(0.7) and done.memory["scaffold/w"].item() == pytest.approx(2.0)
+    reply = Reply(clients[0], sent, done.returned)
+    assert rule.expected(reply).keys() == done.returned.keys()
+    after = rule.aggregate(state, [reply], Round(2, 0))
+    assert after["scaffold/w"].item() == pytest.approx(0.75) and rule.served(after)["w"].item() == pytest.approx(0.7)
+
+
+def test_scaffold_s_variates_sum_up() -> None:
+    """All take part: c is the mean of the c_i in every round."""
+    rule = Scaffold(FedIT())
+    state = rule.init(Model({"w": torch.empty(D_OUT, D_IN, device="meta")}), EQUAL)
+    memories: dict[str, Tensors] = {client.id: {} for client in EQUAL}
+    for index in (1, 2, 3):
+        rnd, replies = Round(index, 3), []
+        for client in EQUAL:
+            sent = rule.download(state, client, rnd)
+            done = rule.local(Linear(client), sent, memories[client.id], rnd)
+            memories[client.id] = done.memory
+            replies.append(Reply(client, sent, done.returned))
+        state = rule.aggregate(state, replies, rnd)
+        own = torch.stack([memories[client.id]["scaffold/B/w"] for client in EQUAL])
+        torch.testing.assert_close(state["scaffold/B/w"], own.mean(0))
+        assert own.norm() > 0
+
+
+PLAIN = [FedIT(), FedLoRAAvg(), FFALoRA(), RoLoRA(), FedSB(), FedDPA()]
+
+
+@pytest.mark.parametrize("rule", PLAIN, ids=lambda rule: type(rule).__name__)
+def test_neutral_compositions_are_the_rule(rule: Algorithm) -> None:
+    """avgm without momentum to rounding; prox with mu 0 to the bit; and scaffold's first round."""
+    wanted = ran(rule, EQUAL)
+    for given, want in zip(ran(ServerStep(rule, Server("avgm", beta=0.0)), EQUAL), wanted, strict=True):
+        assert (given - want).norm() <= 1e-6 * want.norm()
+    for given, want in zip(ran(Prox(rule, 0.0), EQUAL), wanted, strict=True):
+        assert torch.equal(given, want)
+    if not isinstance(rule, FedSB):  # whose worker trains a product of another name
+        assert torch.equal(ran(Scaffold(rule), EQUAL, 1)[0], wanted[0])
+
+
+@pytest.mark.parametrize(("name", "kind"), LOW_RANK.items())
+def test_prox_goes_around_every_rule_and_the_others_around_plain_means(name: str, kind: type[Algorithm]) -> None:
+    """What refactorises, rotates, stacks or resets is refused in one sentence, and so is one around the other."""
+    rule = kind()
+    assert rule.plain_mean is (type(rule) in {type(r) for r in [*PLAIN, FedSALoRA()]})
+    Prox(rule).validate([Client("0", 1, 2)])
+    for around in (ServerStep(rule, Server("adam")), Scaffold(rule), ServerStep(Prox(rule), Server("avgm"))):
+        if rule.plain_mean:
+            around.validate([Client("0", 1, 2)])
+        else:
+            with pytest.raises(FedError, match=rf"(server.step|local.name)=.*{kind.__name__}\)? is no entrywise mean"):
+                around.validate([Client("0", 1, 2)])
+    with pytest.raises(FedError, match=r"Scaffold\(FedIT\) is no entrywise mean"):
+        ServerStep(Scaffold(FedIT()), Server("adam")).validate([Client("0", 1, 2)])
+
+
 # --- reductions: constants under which a rule is another one
 
 
@@ -631,6 +940,7 @@ def test_fedalt_with_all_weight_on_the_own_adapter_is_training_alone() -> None:
         (LoRAFAIR(steps=0), FedIT(), EQUAL),
         (FedRotLoRA(amount=0.0), FedIT(), EQUAL),
         (FedPLoRA(), FedIT(), EQUAL),
+        (HetLoRA(gamma=1.0, regularization=0.0), ZeroPadding(weights="norm"), MIXED),
         (FedSVD(period=9), FFALoRA(), EQUAL),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Algorithm) else "",

@@ -20,6 +20,7 @@ from fedllm.algorithms.lora.fedit import FedIT
 from fedllm.algorithms.lora.fedloru import FedLoRU
 from fedllm.algorithms.lora.flexlora import FlexLoRA
 from fedllm.algorithms.lora.flora import FLoRA
+from fedllm.algorithms.lora.hetlora import HetLoRA
 from fedllm.algorithms.lora.zero_padding import ZeroPadding
 from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors
 from fedllm.errors import FedError
@@ -80,7 +81,7 @@ def played(rule: Algorithm, rounds: int, shapes: dict[str, tuple[int, int]] = SH
             begun, done = rule.trained(Reply(client, sent, starts)), rule.trained(reply)
             steps[client.id] = {name: dense(done[name]) - dense(begun[name]) for name in shapes}
         p = rule.shares(state, replies)
-        assert rule.__class__ is FedHL or p == {c.id: c.num_samples / n for c in clients}
+        assert rule.__class__ in (FedHL, HetLoRA) or p == {c.id: c.num_samples / n for c in clients}
         mean = {name: sum(p[id] * step[name] for id, step in steps.items()) for name in shapes}
         after = canonical(rule.aggregate(state, replies, rnd))
         served = {name: dense(W) for name, W in rule.served(after).items()}

@@ -1,6 +1,7 @@
 """One file per paper, and the table of them."""
 
 from fedllm.algorithms.lora.fed_plora import FedPLoRA
+from fedllm.algorithms.lora.fed_sb import FedSB
 from fedllm.algorithms.lora.fedalt import FedALT
 from fedllm.algorithms.lora.feddpa import FedDPA
 from fedllm.algorithms.lora.fedex_lora import FedExLoRA
@@ -15,6 +16,7 @@ from fedllm.algorithms.lora.ffa_lora import FFALoRA
 from fedllm.algorithms.lora.flexlora import FlexLoRA
 from fedllm.algorithms.lora.flora import FLoRA
 from fedllm.algorithms.lora.florist import FLoRIST
+from fedllm.algorithms.lora.hetlora import HetLoRA
 from fedllm.algorithms.lora.lora_fair import LoRAFAIR
 from fedllm.algorithms.lora.mfedloru import MFedLoRU
 from fedllm.algorithms.lora.pfedloru import PFedLoRU
@@ -65,6 +67,8 @@ LOW_RANK: dict[str, type[Algorithm]] = {
     "fedsa_lora": FedSALoRA,
     "feddpa": FedDPA,
     "fedalt": FedALT,
+    "hetlora": HetLoRA,
+    "fed_sb": FedSB,
 }
 """Rules on low-rank updates of a frozen model."""
 

@@ -22,6 +22,8 @@ PLAIN = {
     "admission": ("fedllm.recipe.sections", "Admission"),
     "faults": ("fedllm.fleets.faults", "Faults"),
     "wire": ("fedllm.wire.compression", "Wire"),
+    "server": ("fedllm.algorithms.compositions.server_step", "Server"),
+    "local": ("fedllm.algorithms.compositions.local_step", "LocalStep"),
 }
 """Section -> the class whose fields are its keys."""
 
@@ -189,6 +191,8 @@ def refuse_rule(rule: str) -> None:
 def _near(section: str, key: str, valid: Mapping[str, Key]) -> str:
     if key in NO_KEY:
         return NO_KEY[key]
+    if SHORT.get(key) in valid:
+        return f"Did you mean {section}.{SHORT[key]}?"
     if near := closest(key, [*valid, "name"] if section in NAMED else valid):
         return f"Did you mean {section}.{near}?"
     elsewhere = _owners(key)
@@ -213,10 +217,10 @@ def _owners(key: str) -> str:
 def _hint(path: str, section: str) -> str:
     if path in NO_KEY:
         return NO_KEY[path]
-    if near := closest(section, sections()):
-        return f"Did you mean {near}{path[len(section) :]}?"
     if "." not in path and (owners := _owners(path)):
         return f"Did you mean {owners}?"
+    if near := closest(section, sections()):
+        return f"Did you mean {near}{path[len(section) :]}?"
     return f"Valid: {', '.join(sorted(sections()))}."
 
 

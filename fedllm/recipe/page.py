@@ -13,11 +13,14 @@ from typing import Any
 import yaml
 
 from fedllm.algorithms import ALGORITHMS
+from fedllm.algorithms.compositions.local_step import LocalStep
+from fedllm.algorithms.compositions.server_step import Server
 from fedllm.config import plain_yaml
 from fedllm.config.arguments import spelled
 from fedllm.config.pages import find, folders
 from fedllm.config.paths import absolute
 from fedllm.config.schema import as_section, parse_named, parse_section, refuse_unknown_keys
+from fedllm.core import innermost
 from fedllm.data.partition import PARTITIONS
 from fedllm.errors import FedError
 from fedllm.fleets.faults import Faults
@@ -103,10 +106,12 @@ def build(name: str, page: Mapping[str, Any]) -> Recipe:
     data = dataclasses.replace(data, path=None if data.path is None else absolute(data.path))
     model = parse_section(worker.model_section, page.get("model"), "model")
     wire = parse_section(Wire, page.get("wire"), "wire")
+    server = parse_section(Server, page.get("server"), "server")
+    local = parse_section(LocalStep, page.get("local"), "local")
     recipe = Recipe(
         name=name,
         run=run,
-        algorithm=wire.around(algorithm),
+        algorithm=wire.around(server.around(local.around(algorithm))),
         algorithm_name=algorithm_name,
         model=located(model) if isinstance(model, LanguageModel) else model,
         data=data,
@@ -121,6 +126,8 @@ def build(name: str, page: Mapping[str, Any]) -> Recipe:
         robust=robust,
         faults=parse_section(Faults, page.get("faults"), "faults"),
         wire=wire,
+        server=server,
+        local=local,
     )
     check_compatible(recipe)
     check_values(recipe)
@@ -186,7 +193,7 @@ def _page(recipe: Recipe, partition: str) -> dict[str, Any]:
     data = {k: v for k, v in _plain(recipe.data).items() if k not in {"task", "partition"}}
     return {
         "run": _plain(recipe.run) | {"plan": False, "resume": False},
-        "algorithm": {"name": recipe.algorithm_name} | _plain(recipe.wire.inside(recipe.algorithm)),
+        "algorithm": {"name": recipe.algorithm_name} | _plain(innermost(recipe.algorithm)),
         "model": _plain(recipe.model),
         "data": {"name": recipe.data_name}
         | _plain(recipe.data.task)
@@ -200,6 +207,8 @@ def _page(recipe: Recipe, partition: str) -> dict[str, Any]:
         "robust": {"name": recipe.robust_name} | _plain(recipe.robust),
         "faults": _plain(recipe.faults),
         "wire": _plain(recipe.wire),
+        "server": _plain(recipe.server),
+        "local": _plain(recipe.local),
     }
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from fedllm.algorithms.compositions.local_step import LocalStep
+from fedllm.algorithms.compositions.server_step import Server
 from fedllm.config.rank_profiles import PROFILES
 from fedllm.config.suggest import nearest
 from fedllm.config.types import Count, Positive, Seed, Share, SomeShare, Whole, needs
@@ -32,6 +34,8 @@ SECTIONS = (
     "robust",
     "faults",
     "wire",
+    "server",
+    "local",
 )
 
 
@@ -230,6 +234,8 @@ class Recipe:
     robust: Trust = Trust()
     faults: Faults = Faults()
     wire: Wire = Wire()
+    server: Server = Server()
+    local: LocalStep = LocalStep()
     page: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property

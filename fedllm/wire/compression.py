@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fedllm.core import Algorithm, Client, ClientWorker, LocalResult, Model, Reply, Round, Tensors, under, within
+from fedllm.core import Algorithm, Around, Client, ClientWorker, LocalResult, Reply, Round, Tensors, under, within
 from fedllm.lowrank import LowRank
 
 Precision = Literal["float32", "float16", "int8"]
@@ -93,13 +93,9 @@ class Wire:
         """The rule on this wire."""
         return rule if self == Wire() else Compressed(rule, self.down, self.up)
 
-    def inside(self, rule: Algorithm) -> Algorithm:
-        """The rule itself, of what ``around`` returned."""
-        return rule.inner if isinstance(rule, Compressed) else rule
-
 
 @dataclass(frozen=True)
-class Compressed(Algorithm):
+class Compressed(Around):
     """A rule whose payloads are packed.
 
     Up: the client adds what rounding took from its last upload, rounds, and remembers what that took now (error
@@ -114,20 +110,12 @@ class Compressed(Algorithm):
     moves every returned factor by the difference: the client's step is taken from the exact ``S_i``.
     """
 
-    inner: Algorithm
     down: Precision = "float32"
     up: Precision = "float32"
 
     def __post_init__(self) -> None:
-        for name in (
-            "network",
-            "low_rank",
-            "any_rank",
-            "any_model",
-            "at_most",
-            "summed",
-        ):  # the rule's, not the class's
-            object.__setattr__(self, name, getattr(self.inner, name))
+        super().__post_init__()
+        object.__setattr__(self, "summed", self.inner.summed)
 
     def download(self, state: Tensors, client: Client, rnd: Round) -> Tensors:
         return packed(self.inner.download(state, client, rnd), self.down)
@@ -157,15 +145,6 @@ class Compressed(Algorithm):
             exact, returned={name: _moved(M, begun[name], wanted[name]) for name, M in reply.returned.items()}
         )
 
-    def validate(self, clients: Sequence[Client]) -> None:
-        self.inner.validate(clients)
-
-    def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
-        return self.inner.init(model, clients)
-
-    def served(self, state: Tensors) -> Tensors:
-        return self.inner.served(state)
-
     def personal(self, reply: Reply, memory: Tensors) -> Tensors:
         return self.inner.personal(_plain(reply), within("inner", memory))
 
@@ -177,12 +156,6 @@ class Compressed(Algorithm):
 
     def shares(self, state: Tensors, replies: Sequence[Reply]) -> dict[str, float]:
         return self.inner.shares(state, [_plain(reply) for reply in replies])
-
-    def phases(self, rounds: int) -> tuple[int, ...]:
-        return self.inner.phases(rounds)
-
-    def truncated(self, state: Tensors, client: Client) -> float:
-        return self.inner.truncated(state, client)
 
 
 def fed_back(M: LowRank, residual: LowRank | None, precision: Precision) -> tuple[LowRank, LowRank]:

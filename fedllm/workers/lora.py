@@ -114,14 +114,23 @@ class LoRALayers:
             layer.lora_A[adapter].out_features = layer.lora_B[adapter].in_features = product.rank
             layer.r[adapter], layer.scaling[adapter] = product.rank, scale
 
+    def product(self, name: str) -> LowRank:
+        """The product that trains in this layer, the scale folded into B, with its gradient."""
+        layer = self.layers[name]
+        return LowRank(layer.lora_B[TRAINED].weight * layer.scaling[TRAINED], layer.lora_A[TRAINED].weight)
+
     def read(self, layer: Any) -> LowRank:
         """The trained product, on the CPU, the scale folded into B."""
         B, A = layer.lora_B[TRAINED].weight.detach(), layer.lora_A[TRAINED].weight.detach()
         return LowRank((B * layer.scaling[TRAINED]).cpu(), A.to("cpu", copy=True))
 
     @contextmanager
-    def nested(self, products: Tensors) -> Iterator[dict[str, nn.Parameter]]:
-        """Adds ``D U`` to factors of the trained adapter, which freezes; the new parameters, by product and place."""
+    def nested(self, products: Tensors, factors: str) -> Iterator[dict[str, nn.Parameter]]:
+        """Adds ``D U`` to factors of the trained adapter, which freezes; the new parameters, by product and place.
+
+        Args:
+            factors: which of the new ones train: ``B`` is D, and ``A`` is U.
+        """
         inner: dict[str, nn.Parameter] = {}
         modules = []
         for key, product in products.items():
@@ -131,6 +140,8 @@ class LoRALayers:
             register_parametrization(linear, "weight", nest)
             modules.append(linear)
             inner |= {f"{key}/down": nest.down, f"{key}/up": nest.up}
+            nest.down.requires_grad_("B" in factors)
+            nest.up.requires_grad_("A" in factors)
         try:
             yield inner
         finally:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedllm.core import Client, ClientWorker, LocalResult, LocalTraining, Tensors
+from fedllm.core import Client, ClientWorker, LocalResult, LocalTraining, Round, Tensors
 from fedllm.data.encoding import Encoded
 from fedllm.workers.lora import FROZEN, TRAINED, LoRALayers
 from fedllm.workers.settings import SFT
@@ -37,12 +37,15 @@ class SFTClient(ClientWorker):
     def steps(self) -> int:
         return self.worker.settings.steps_for(len(self.worker.rows[self.client.id]))
 
+    def rate(self, rnd: Round) -> float:
+        return self.worker.settings.learning_rate_in(rnd.index, self.worker.rounds)
+
     def fit(self, request: LocalTraining) -> LocalResult:
         """Trains products on this client's rows, on top of the base model plus ``request.frozen``.
 
         Metrics: ``train_loss`` (nats a token, mean over steps), ``steps``, ``tokens``, ``seconds``.
         """
-        request.only("worker.name=sft", "frozen", "nested", "part", "factors", "loss")
+        request.only("worker.name=sft", *OPTIONS)
         if request.part[0] == request.part[1]:
             return LocalResult(request.weights, request.memory, {})
         return self.worker.fit(self.client, request)
@@ -93,7 +96,7 @@ class SFTWorker:
         whole = self.settings.steps_for(len(self.rows[client.id]))
         self.lora.load(TRAINED, request.weights)
         self.lora.load(FROZEN, request.frozen)
-        self.lora.activate([FROZEN, TRAINED] if request.frozen else [TRAINED], train=factors)
+        self.lora.activate([FROZEN, TRAINED] if request.frozen else [TRAINED], train="" if nested else factors)
         trainer = self.trainer
         trainer.train_dataset = self.rows[client.id]
         trainer.args.max_steps = max(1, round(part[1] * whole) - round(part[0] * whole))
@@ -102,14 +105,15 @@ class SFTWorker:
         trainer._total_train_tokens = 0
         trainer.loss = request.loss
         draws = ("local", client.id) if part[0] == 0.0 else ("local", client.id, part[0])
-        with _own_randomness(request.rnd.rng(*draws).initial_seed()), self.lora.nested(nested) as inner:
-            trained = inner or self.lora.parameters(factors)
+        with _own_randomness(request.rnd.rng(*draws).initial_seed()), self.lora.nested(nested, factors) as inner:
+            trained = {n: p for n, p in inner.items() if p.requires_grad} or self.lora.parameters(factors)
+            trainer.extra, trainer.drift = self._extra(request, trained), self._drift(request, factors)
             if self.settings.optimizer == "kept" and memory:
                 self._restore(trainer.create_optimizer(), memory, trained)
             result = trainer.train()
             kept = self._moments(trainer.optimizer, trained) if self.settings.optimizer == "kept" else {}
             trainer.optimizer, trainer.lr_scheduler = None, None  # one client's moments are not held for the next
-            trainer.loss = None
+            trainer.loss, trainer.extra, trainer.drift = None, None, ()
             returned = (
                 self.lora.read_nested(inner, nested)
                 if nested
@@ -127,6 +131,27 @@ class SFTWorker:
         """The base model plus ``update`` (any rank, or dense), in eval mode, for as long as the context lasts."""
         return self.lora.serving(update)
 
+    def _extra(self, request: LocalTraining, trained: Mapping[str, nn.Parameter]) -> Callable[[], Tensor] | None:
+        """What joins the loss of every optimizer step."""
+        terms: list[Callable[[], Tensor]] = []
+        if request.proximal:
+            pairs = [(weight, weight.detach().clone()) for weight in trained.values()]
+            terms.append(lambda: request.proximal / 2 * sum_of([(p - start).square().sum() for p, start in pairs]))
+        if request.product_penalty is not None:
+            penalty = request.product_penalty
+            terms.append(lambda: penalty({name: self.lora.product(name) for name in request.weights}))
+        return (lambda: sum_of([term() for term in terms])) if terms else None
+
+    def _drift(self, request: LocalTraining, factors: str) -> list[tuple[nn.Parameter, Tensor]]:
+        """What every optimizer step is corrected by, next to the parameters, in PEFT's coordinates."""
+        moved = []
+        for name, step in request.drift.items():
+            for factor, value in (("B", step.B), ("A", step.A)):
+                linear, scale = self.lora.factor(f"{factor}/{name}")
+                if factor in factors:
+                    moved.append((linear.weight, (value / scale).to(linear.weight)))
+        return moved
+
     def _moments(self, optimizer: Any, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """AdamW's state by parameter and field, on the CPU."""
         state = optimizer.optimizer.state  # inside accelerate's wrapper
@@ -143,6 +168,14 @@ class SFTWorker:
                 continue
             values = {field: memory[f"{name}/{field}"].clone() for field in fields}
             optimizer.state[weight] = {k: v if k == "step" else v.to(weight) for k, v in values.items()}
+
+
+OPTIONS = ("frozen", "nested", "part", "factors", "loss", "product_penalty", "proximal", "drift")
+"""What a request may ask for."""
+
+
+def sum_of(terms: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(terms)).sum()
 
 
 @contextmanager
@@ -174,6 +207,11 @@ def _trainer(settings: SFT, model: Any, tokenizer: Any, sample: Sequence[dict[st
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "loss" in logs:
                 on_step(float(logs["loss"]))
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            with torch.no_grad():
+                for weight, drift in trainer.drift:
+                    weight.sub_(drift, alpha=args.learning_rate)
 
     device = next(model.parameters()).device
     batch_size, accumulation = settings.shared(processes())

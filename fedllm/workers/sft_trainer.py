@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor, nn
 from trl import SFTTrainer
 
 from fedllm.core import Loss
@@ -16,11 +18,23 @@ class Trainer(SFTTrainer):
     """
 
     loss: Loss | None = None
+    extra: Callable[[], Tensor] | None = None
+    drift: Sequence[tuple[nn.Parameter, Tensor]] = ()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Every token counts the same, however the rows of an optimizer step fall into forward passes."""
+        """Every token counts the same, however the rows of an optimizer step fall into forward passes.
+
+        ``extra`` counts once an optimizer step: where the Trainer does not divide by the passes, each has its share.
+        """
+        value = self._own_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.extra is None:
+            return value
+        share = 1.0 if num_items_in_batch is None else 1 / self.current_gradient_accumulation_steps
+        return (value[0] + share * self.extra(), value[1]) if return_outputs else value + share * self.extra()
+
+    def _own_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Any) -> Any:
         if self.loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"][:, 1:]

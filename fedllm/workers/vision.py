@@ -63,12 +63,34 @@ class VisionClient(ClientWorker):
         train, at = self.worker.train_set, self.worker.parts[self.client.id]
         return (train.x if train.y is None else train.y)[at].unique().cpu()
 
+    def rate(self, rnd: Round) -> float:
+        return self.worker.settings.learning_rate_in(rnd.index, self.worker.rounds)
+
+    def _drift(self, drift: Tensors) -> dict[str, Tensor]:
+        """By the network's own names: of products as their pairs."""
+        products = {name: value for name, value in drift.items() if isinstance(value, LowRank)}
+        pairs = unfolded(products, self.worker.settings.alpha)
+        return {name: value for name, value in drift.items() if name not in products} | pairs
+
     def fit(self, request: LocalTraining) -> LocalResult:
         """Trains weights of a network on this client's examples; the memory is not used, and returned.
 
         Metrics: ``train_loss`` (mean over steps), ``steps``, ``flops`` (``fedllm.models.flops.Meter``), ``seconds``.
         """
-        options = ("frozen", "nested", "part", "loss", "penalty", "phases", "scale", "alphas", "network", "forward")
+        options = (
+            "frozen",
+            "nested",
+            "part",
+            "loss",
+            "penalty",
+            "phases",
+            "scale",
+            "alphas",
+            "network",
+            "forward",
+            "proximal",
+            "drift",
+        )
         request.only("worker.name=vision", *options)
         sent, part, nested, rnd, penalty = request.weights, request.part, request.nested, request.rnd, request.penalty
         loss: Loss = request.loss or cross_entropy
@@ -91,7 +113,9 @@ class VisionClient(ClientWorker):
         for name, p in net.named_parameters():
             p.requires_grad_(name in trained)
             p.grad = None
-        rate = settings.learning_rate_in(rnd.index, worker.rounds)
+        begun = {name: p.detach().clone() for name, p in params.items()} if request.proximal else {}
+        drift = {name: value.to(params[name]) for name, value in self._drift(request.drift).items() if name in params}
+        rate = self.rate(rnd)
         optimizer = torch.optim.SGD(params.values(), rate, settings.momentum, weight_decay=settings.weight_decay)
         first = round(part[0] * self.steps)
         count = max(1, round(part[1] * self.steps) - first)
@@ -111,10 +135,16 @@ class VisionClient(ClientWorker):
                     value = loss(forward(net, x.contiguous(memory_format=worker.layout(x))), y)
                     if penalty is not None:
                         value = value + penalty(net)
+                    if request.proximal:
+                        apart = [(p - begun[name]).square().sum() for name, p in params.items()]
+                        value = value + request.proximal / 2 * torch.stack(apart).sum()
                     value.backward()
                 if settings.max_grad_norm:
                     nn.utils.clip_grad_norm_(params.values(), settings.max_grad_norm)
                 optimizer.step()
+                with torch.no_grad():
+                    for name, moved in drift.items():
+                        params[name].sub_(moved, alpha=rate)
                 losses.append(value.detach())
                 worker.on_step(float(losses[-1]) if worker.device.type == "cpu" else None)
         held = net.state_dict()

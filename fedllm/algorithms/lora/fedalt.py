@@ -49,7 +49,7 @@ class FedALT(Algorithm):
     def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         own = {name: M * self.mix for name, M in within("adapter", sent).items()}
         trained, moments, metrics = worker.train(own, memory, rnd, frozen=self._others(sent))
-        return {name: M * (1 / self.mix) for name, M in trained.items()}, moments, metrics
+        return LocalResult({name: M * (1 / self.mix) for name, M in trained.items()}, moments, metrics)
 
     def _others(self, sent: Tensors) -> dict[str, LowRank]:
         return {name: M * (1 - self.mix) for name, M in within("frozen", sent).items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from fedllm.algorithms.lora.fedit import FedIT
 from fedllm.algorithms.personal import both
@@ -25,13 +25,15 @@ class FedDPA(FedIT):
             own rows when it answers; here the weight is fixed.
     """
 
+    plain_mean: ClassVar[bool] = True
+
     mix: Share = 0.5
 
     def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         first: dict[str, float] = {}
         kept: dict[str, Any] = {}
         if memory and self.mix > 0:
-            own = {
+            own: Tensors = {
                 name: fill(memory.get(f"own/{name}", LowRank.zeros(*M.shape)), M.rank, rnd.rng("personal", name))
                 for name, M in sent.items()
             }
@@ -39,7 +41,7 @@ class FedDPA(FedIT):
             kept = under("own", own) | under("own_moments", moments)
         returned, moments, second = worker.train(sent, within("moments", memory), rnd)
         names = {"taken_part": next(iter(returned.values())).B.new_ones(1)}
-        return returned, kept | under("moments", moments) | names, both(first, second)
+        return LocalResult(returned, kept | under("moments", moments) | names, both(first, second))
 
     def _rest(self, adapters: Tensors) -> dict[str, LowRank]:
         return {name: M * (1 - self.mix) for name, M in adapters.items()}

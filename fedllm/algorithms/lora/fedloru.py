@@ -24,6 +24,8 @@ from fedllm.mean import mean_values
 class FedLoRAAvg(FedIT):
     """FedLoRA as the FedLoRU paper compares with it: one adapter for the whole run, its factors averaged."""
 
+    plain_mean: ClassVar[bool] = True
+
     network: ClassVar[str] = "plain"
     low_rank: ClassVar[bool] = True
     summed: ClassVar[bool] = True

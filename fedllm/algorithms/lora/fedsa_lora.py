@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -20,6 +21,8 @@ class FedSALoRA(FedIT):
     Both factors train. There is no global update: what is served is the base model, and what counts is
     ``eval.clients=true``. State: A, beside a B of zeros.
     """
+
+    plain_mean: ClassVar[bool] = True
 
     def validate(self, clients: Sequence[Client]) -> None:
         of_one_rank(clients, "zero_padding, rbla, flexlora, raflora, flora or fedhl")

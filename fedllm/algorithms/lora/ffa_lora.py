@@ -19,6 +19,7 @@ class FFALoRA(FedIT):
     """
 
     summed: ClassVar[bool] = True
+    plain_mean: ClassVar[bool] = True
 
     def validate(self, clients: Sequence[Client]) -> None:
         of_one_rank(clients, "zero_padding, rbla, flexlora, raflora, flora or fedhl")

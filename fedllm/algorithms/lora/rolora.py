@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -17,6 +17,8 @@ class RoLoRA(FFALoRA):
 
     B comes first, since A has no gradient while B is zero. Each factor's moments wait for its own rounds.
     """
+
+    plain_mean: ClassVar[bool] = True
 
     def factor(self, sent: Tensors) -> Literal["B", "A"]:
         return "B" if int(sent["round"]) % 2 else "A"

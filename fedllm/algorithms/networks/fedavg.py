@@ -18,6 +18,8 @@ class FedAvg(Algorithm):
         weighting: ``data``, ``p_i = n_i / n`` over the cohort, or ``uniform``.
     """
 
+    plain_mean: ClassVar[bool] = True
+
     weighting: Literal["data", "uniform"] = "data"
 
     network: ClassVar[str] = "plain"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -32,6 +32,8 @@ class FedLMT(FedAvg):
             ``kronecker``, or two of them.
         start: factors drawn as convolutions are (``kaiming``), or a full network's best approximation (``spectral``).
     """
+
+    plain_mean: ClassVar[bool] = True
 
     rho: Whole | None = None
     alpha: Positive | None = None
