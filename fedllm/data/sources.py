@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import os
 import tempfile
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from fedllm.config.suggest import closest
+from fedllm.data.json_rows import Row, read
 from fedllm.errors import FedError, Unreachable
 
-Row = dict[str, Any]
 Split = Literal["train", "test"]
 Sources = Mapping[str, Callable[[], list[Row]]]
 """What a corpus has: a reader for its ``train`` split, its ``test`` split, or both."""
@@ -35,7 +33,7 @@ def local(path: str) -> Sources:
     """
     given = Path(path).expanduser()
     try:
-        if given.is_file():
+        if os.path.lexists(given) and not given.is_dir():
             name = given.name.partition(".")[0]
             return {name if name in SPLITS else "train": partial(read, given)}
         if not given.is_dir():
@@ -53,28 +51,6 @@ def local(path: str) -> Sources:
         files = ", ".join(name for name in inside if name.endswith(SUFFIXES)) or "none"
         raise FedError(f"data.path={path} has neither train.jsonl nor test.jsonl. JSON files there: {files}; name one.")
     return {split: partial(read, given / names[0]) for split, names in found.items() if names}
-
-
-def read(file: Path) -> list[Row]:
-    """The rows of a file of JSON Lines, or of one JSON list; UTF-8, gzipped where the name ends in ``.gz``."""
-    try:
-        raw = file.read_bytes()
-        text = (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FedError(
-            f"{file} is not UTF-8 text: byte {error.start} is {raw[error.start : error.start + 1]!r}."
-        ) from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise FedError(f"{file} cannot be read: {error}.") from error
-    if text.lstrip().startswith("["):
-        rows = _parsed(text, str(file))
-    else:  # not splitlines(): a JSON string may hold U+2028, which it takes for the end of a line
-        lines = enumerate(text.split("\n"), start=1)
-        rows = [_parsed(line, f"{file}, line {number}") for number, line in lines if line.strip()]
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise FedError(f"{file}, row {number}: a row is a JSON object such as {{...}}, got {str(row)[:40]!r}.")
-    return rows
 
 
 def hub(name: str, subset: str | None, revision: str | None, files: str | None = None) -> Sources:
@@ -167,13 +143,6 @@ def write_jsonl(files: Mapping[Path, Sequence[Row]]) -> None:
     finally:
         for temporary in ready.values():
             os.unlink(temporary)
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FedError(f"{where}: not JSON ({error}). Needed: JSON Lines, or one JSON list of objects.") from error
 
 
 def _lots(rows: Sequence[Row], seed: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,15 +39,23 @@ class Instructed(Task):
     stop: tuple[str, ...] = ("\n### ",)
     rouge_tokenizer: RougeTokenizer = "unicode"
 
-    columns: ClassVar[tuple[str, ...]] = ("instruction", "input", "output")
+    columns: ClassVar[tuple[str, ...]] = ()
     metrics: ClassVar[tuple[str, ...]] = ("rouge_l",)
     extraction: ClassVar[str] = "instructed/2: Rouge-L F, rouge_score without stemmer, words by rouge_tokenizer"
     templates: ClassVar[tuple[str, ...]] = ("prompt_template", "prompt_with_input", "target_template")
     further: ClassVar[str] = "input"
 
     def prompt(self, row: Row) -> str:
-        template = self.prompt_with_input if row[self.further].strip() else self.prompt_template
+        template = self.prompt_with_input if self._has_further(row) else self.prompt_template
         return template.format_map(row)
+
+    def needed(self, row: Row) -> Sequence[str]:
+        return ["prompt_with_input" if self._has_further(row) else "prompt_template", "target_template"]
+
+    def _has_further(self, row: Row) -> bool:
+        """Whether there is further text; none and a missing column are the empty one."""
+        text = row.get(self.further)
+        return text is not None and (not isinstance(text, str) or bool(text.strip()))
 
     def score(self, generated: str, row: Row) -> dict[str, float]:
         return {"rouge_l": rouge_l(self.answered(generated), self.target(row), self.rouge_tokenizer)}

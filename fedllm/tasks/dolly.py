@@ -29,7 +29,7 @@ class Dolly(Instructed):
     hub: str = "databricks/databricks-dolly-15k"
     revision: str | None = None
 
-    columns: ClassVar[tuple[str, ...]] = ("instruction", "context", "response", "category")
+    columns: ClassVar[tuple[str, ...]] = ("category",)
     max_new_tokens: ClassVar[int] = 256  # 95 % of the answers fit, in SmolLM2's tokens; Rouge-L of a longer one suffers
     extraction: ClassVar[str] = "dolly/2: Rouge-L F, rouge_score without stemmer, words by rouge_tokenizer"
     further: ClassVar[str] = "context"

@@ -77,7 +77,7 @@ class WorkedMath(Task):
     target_template: str = " {answer}"
     stop: tuple[str, ...] = ("Question:",)
 
-    columns: ClassVar[tuple[str, ...]] = ("question", "answer")
+    columns: ClassVar[tuple[str, ...]] = ("answer",)
     metrics: ClassVar[tuple[str, ...]] = ("exact_match", "exact_match_flexible", "exact_match_published")
     max_new_tokens: ClassVar[int] = 512  # the longest answer of GSM8K is 454 of SmolLM2's tokens
     extraction: ClassVar[str] = "gsm8k/2"

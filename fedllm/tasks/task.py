@@ -25,7 +25,7 @@ class Task:
         held_out_seed: which ones; the same rows in any order of the file.
 
     Attributes:
-        columns: columns of text that every row must have.
+        columns: columns of text that every row must have, whatever the templates name.
         metrics: the keys of `score`, the one to report first.
         max_new_tokens: enough for the longest target.
         extraction: version of the rules by which `score` reads an answer; it belongs beside every published number.
@@ -110,6 +110,10 @@ class Task:
         """What makes a row unusable that has all its columns."""
         return None
 
+    def needed(self, row: Row) -> Sequence[str]:
+        """Those of `templates` that this row is written by."""
+        return self.templates
+
     def answered(self, generated: str) -> str:
         """The part of a generated text that counts: what comes before the first of `stop`."""
         ends = [generated.find(stop) for stop in self.stop if stop in generated]
@@ -137,7 +141,7 @@ class Task:
         raise NotImplementedError
 
     def _missing(self, row: Row) -> str | None:
-        used = [field for key in self.templates for field in _placeholders(getattr(self, key), key)]
+        used = [field for key in self.needed(row) for field in _placeholders(getattr(self, key), key)]
         for column in dict.fromkeys([*self.columns, *used]):
             if column not in row:
                 return f"there is no column {column!r}.{corpus.suggest(column, row)}"
