@@ -9,10 +9,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row. ``labels[i]`` is ``input_ids[i]`` on the completion and -100 on the prompt."""
+    """One row. ``labels[i]`` is ``input_ids[i]`` on the completion and -100 on the prompt.
+
+    Args:
+        cut: whether the end of the completion, and with it the end of sequence, was lost to the limit on tokens.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    cut: bool = False
 
     @property
     def trained(self) -> int:
@@ -35,7 +40,7 @@ def encode(tokenizer: Any, prompts: Sequence[str], completions: Sequence[str], m
 
 def without_loss(row: Encoded) -> Encoded:
     """A row that has no completion to be scored: the end of sequence behind nothing is none."""
-    return Encoded(row.input_ids, [-100] * len(row.labels))
+    return Encoded(row.input_ids, [-100] * len(row.labels), row.cut)
 
 
 def tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -72,4 +77,4 @@ def decode_answer(tokenizer: Any, prompt: Sequence[int], answer: Sequence[int]) 
 def _labelled(head: list[int], whole: list[int], max_length: int) -> Encoded:
     shared = next((i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), min(len(head), len(whole)))
     labels = [-100] * shared + whole[shared:]
-    return Encoded(whole[:max_length], labels[:max_length])
+    return Encoded(whole[:max_length], labels[:max_length], len(whole) > max_length)

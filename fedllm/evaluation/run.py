@@ -27,7 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fedllm.data.encoding import encode, tokens, without_loss
+from fedllm.data.encoding import Encoded, encode, tokens, without_loss
 from fedllm.errors import FedError
 from fedllm.evaluation.batches import (
     chosen,
@@ -38,15 +38,17 @@ from fedllm.evaluation.batches import (
     settings_of,
 )
 from fedllm.evaluation.generate import run_batches
-from fedllm.evaluation.settings import SCORING, default_output, parse, plain_value
+from fedllm.evaluation.settings import SCORING, Settings, default_output, parse, plain_value
 from fedllm.evaluation.statistics import scored
 from fedllm.evaluation.subject import subject_of, task_of
 from fedllm.models import language
+from fedllm.models.language import LanguageModel
 from fedllm.sandbox.runner import require
 from fedllm.storage import files
 from fedllm.storage import run_folder as folder
 from fedllm.storage.run_folder import held
 from fedllm.tasks.code import HumanEval
+from fedllm.tasks.task import Task
 
 
 def command(task: str | None, arguments: Sequence[str] | None = None) -> int:
@@ -104,6 +106,7 @@ def _evaluate(task_name: str | None, arguments: Sequence[str], lock: ExitStack) 
         for one, row in zip(encoded, rows, strict=True)
     ]
     prompts = tokens(tokenizer, [task.prompt(row) for row in rows])
+    check_positions(settings, task, subject.base, encoded, prompts)
     plan = planned(settings, [len(ids) for ids in prompts], encoded)
     before = done_before(out)
     processes.wait()  # all have read what was there before any of them writes
@@ -128,13 +131,21 @@ def _evaluate(task_name: str | None, arguments: Sequence[str], lock: ExitStack) 
     return out
 
 
-# --- what is asked -------------------------------------------------------------------------------------------
-
-
-# --- the work ------------------------------------------------------------------------------------------------
-
-
-# --- the numbers ---------------------------------------------------------------------------------------------
+def check_positions(
+    settings: Settings, task: Task, base: LanguageModel, encoded: Sequence[Encoded], prompts: Sequence[Sequence[int]]
+) -> None:
+    """Raises FedError where a row, or a prompt and its answer, is longer than a model can place."""
+    most = language.positions(language.skeleton(base))
+    longest = max(len(row.input_ids) for row in encoded)
+    prompt = max(map(len, prompts))
+    answer = (settings.max_new_tokens or task.max_new_tokens) if settings.generate else 0
+    if most and longest > most:
+        raise FedError(f"the longest row has {longest} tokens, and the model places {most}: max_length={most}.")
+    if most and prompt + answer > most:
+        remedy = f"max_new_tokens={most - prompt}" if prompt < most else "generate=false, or other rows"
+        raise FedError(
+            f"the longest prompt has {prompt} tokens, an answer may have {answer}, the model places {most}: {remedy}."
+        )
 
 
 def versions() -> dict[str, str]:

@@ -111,6 +111,7 @@ class ArrayFederation:
             dataclasses.replace(member, num_samples=len(part)) for member, part in zip(members, parts, strict=True)
         )
         self.labels = known
+        self.tested: int | None = None  # test examples, once they are loaded
         self.parts = {client.id: part for client, part in zip(self.clients, parts, strict=True)}
         kind = recipe.page["data"]["partition"]["name"]
         self.partition = describe(kind, parts, known, n, self.clients, seed)
@@ -151,7 +152,7 @@ class ArrayFederation:
         }
         if self.settings.statistics == "static":
             kinds["batch"] = "statistics gathered from training batches"
-        examples = self.recipe.data.test_rows or self.task.rows["test"]
+        examples = self.tested or self.recipe.data.test_rows or self.task.rows["test"]
         return [f"{examples} test examples of {self.recipe.data_name}; norms at the test: {kinds[norm]}."]
 
     def worker(self, on_step: Callable[[float | None], None]) -> VisionWorker:
@@ -160,6 +161,7 @@ class ArrayFederation:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         train = self.task.load(data.path, "train", data.train_rows, seed)
         test = self.task.load(data.path, "test", data.test_rows, seed)
+        self.tested = len(test)
         parts = like_train(
             data.partition, self.labels, None if test.y is None else test.y.tolist(), len(test), self.clients, seed
         )

@@ -50,6 +50,7 @@ class DeclaredFederation(TextFederation):
             "seed": recipe.run.seed,
             "undealt_rows": 0,
             "dropped_rows": 0,
+            "cut_rows": 0,
             "clients": {c.id: {"rows": c.num_samples, "rank": c.rank, "labels": {}} for c in self.clients},
         }
         shared = self.shapes[self.clients[0].level]

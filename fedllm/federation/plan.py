@@ -68,6 +68,12 @@ def show(recipe: Recipe, plan: dict[str, Any], console: Console) -> None:
         console.print(
             f"{totals['dropped_rows']} rows lose their whole completion to worker.max_length and are left out."
         )
+    if totals.get("cut_rows"):
+        console.print(
+            f"{totals['cut_rows']} of {totals['rows']} rows lose the end of their completion to worker.max_length: "
+            "from them the model does not learn to stop.",
+            soft_wrap=True,
+        )
     if totals["undealt_rows"]:
         console.print(f"{totals['undealt_rows']} rows are dealt to nobody by the partition.")
     console.print(

@@ -67,6 +67,9 @@ class DryRunClient(ClientWorker):
             yield torch.zeros(len(y), self.federation.classes), y
 
 
+UNENDED = "from them the model does not learn to stop"
+
+
 class TextFederation:
     """Everything about a run of language-model clients that is known before a weight is loaded.
 
@@ -139,6 +142,7 @@ class TextFederation:
         kind, cut = recipe.page["data"]["partition"]["name"], sum(len(part) for part in parts) - sum(map(len, kept))
         self.partition = describe(kind, kept, labels, len(train) - cut, self.clients, recipe.run.seed)
         self.partition["dropped_rows"] = cut
+        self.partition["cut_rows"] = sum(row.cut for rows in self.rows.values() for row in rows)
         shared = self.shapes[members[0].level]
         weights = {name: torch.empty(shape, device="meta") for name, shape in shared.items()}
         self.model = Model(weights, classes=self.classes)
@@ -150,11 +154,14 @@ class TextFederation:
     def notes(self) -> list[str]:
         """What the summary's numbers were computed from."""
         dropped, undealt = self.partition["dropped_rows"], self.partition["undealt_rows"]
+        lost = self.partition["cut_rows"]
+        trained = sum(len(rows) for rows in self.rows.values())
         cut = len(self.test) - len(self.scored)
         told = [
             (True, f"{len(self.test)} held-out rows of {self.recipe.data_name}; loss in nats per completion token."),
             (cut, f"{cut} held-out rows lost their completion to max_length: the loss is that of the others."),
             (dropped, f"{dropped} training rows lost their completion to max_length and were left out."),
+            (lost, f"{lost} of {trained} training rows lost the end of their completion to max_length: {UNENDED}."),
             (undealt, f"{undealt} training rows were dealt to nobody by the partition."),
         ]
         return [note for holds, note in told if holds]
@@ -234,6 +241,7 @@ class TextFederation:
             "clients": len(clients),
             "cohort": cohort,
             "dropped_rows": self.partition["dropped_rows"],
+            "cut_rows": self.partition["cut_rows"],
             "undealt_rows": self.partition["undealt_rows"],
             "base_bytes": max(base.values()),
             "run_bytes": round(

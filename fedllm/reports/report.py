@@ -189,7 +189,11 @@ def who(story: Story) -> list[str]:
     if partition.get("kind"):
         dealt.append(f"Data split: {safe(str(partition['kind']))}")
     dealt += [f"seed {partition['seed']}"] if number(partition.get("seed")) is not None else []
-    for key, fate in (("dropped_rows", "cut off by max_length"), ("undealt_rows", "dealt to nobody")):
+    for key, fate in (
+        ("dropped_rows", "cut off by max_length"),
+        ("cut_rows", "without the end of their completion"),
+        ("undealt_rows", "dealt to nobody"),
+    ):
         count = number(partition.get(key))
         dealt += [f"{metric('rows', count)} rows {fate}"] if count else []
     each = [done(story, member) for member in story.members]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,16 +106,24 @@ class Images(Arrays):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        names = (split, self.splits[split])
-        files = [file for name in names for file in sorted(path.glob(f"**/{name}*.parquet"))] if path.is_dir() else []
-        if not files:
+        names = dict.fromkeys((split, self.splits[split]))
+        found = [sorted(path.glob(f"**/{name}*.parquet")) for name in names] if path.is_dir() else []
+        files = next((files for files in found if files), None)
+        if files is None:
             raise FedError(
                 f"data.path={path} has no {split}.parquet: give a folder with train.parquet and test.parquet."
             )
+        _check_parts(path, split, files)
+        tables = []
+        for file in files:
+            try:
+                tables.append(pq.ParquetFile(file).read())
+            except (OSError, pa.ArrowInvalid) as error:
+                raise FedError(f"{file} cannot be read: {str(error).splitlines()[0]}.") from error
         try:
-            return pq.ParquetFile(files[0]).read()
-        except (OSError, pa.ArrowInvalid) as error:
-            raise FedError(f"{files[0]} cannot be read: {str(error).splitlines()[0]}.") from error
+            return pa.concat_tables(tables, promote_options="default").combine_chunks()
+        except pa.ArrowInvalid as error:
+            raise FedError(f"data.path={path}: the files of {split} have other columns than each other.") from error
 
     def _hub(self, split: Split) -> Any:
         from datasets import load_dataset
@@ -128,6 +137,26 @@ class Images(Arrays):
                 f"The data set {name} could not be had from the Hub ({reason}). "
                 "Give local files instead: data.path=FOLDER with train.parquet and test.parquet."
             ) from error
+
+
+PART = re.compile(r"(?P<set>.*)-(?P<number>\d+)-of-(?P<parts>\d+)(-[0-9a-f]+)?\.parquet")
+"""A data set in several files, as the Hub names them: ``train-00000-of-00003.parquet``."""
+
+
+def _check_parts(path: Path, split: Split, files: list[Path]) -> None:
+    """Raises FedError where the files are not one file, or all parts of one set."""
+    parts = [PART.fullmatch(file.name) for file in files]
+    shown = ", ".join(str(file.relative_to(path)) for file in files[:3]) + (", ..." if len(files) > 3 else "")
+    sets = {(file.parent, part["set"], int(part["parts"])) for file, part in zip(files, parts, strict=True) if part}
+    if len(files) == 1 and not sets:
+        return
+    if not all(parts) or len(sets) > 1:
+        raise FedError(f"data.path={path} has several sets of {split} rows: {shown}. Give the folder of one of them.")
+    wanted = next(iter(sets))[2]
+    there = {int(part["number"]) for part in parts if part}
+    missing = [number for number in range(wanted) if number not in there]
+    if missing or len(files) != wanted:
+        raise FedError(f"data.path={path}: part {missing[0] if missing else wanted} of {wanted} of {split} is missing.")
 
 
 def _decoded(image: bytes, side: int) -> Any:
