@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import runpy
@@ -16,10 +17,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedllm.data import json_rows
 from fedllm.data.sources import read, write_jsonl
 from fedllm.errors import FedError
 from fedllm.tasks import TEXTS
+from fedllm.tasks.alpaca import Alpaca
 from fedllm.tasks.gsm8k import GSM8K, WordProblems, last_number, marked_number
+from fedllm.tasks.images import MNIST
 
 ROOT = Path(__file__).parents[1]
 ROWS = [
@@ -348,7 +352,7 @@ def test_word_problems_that_cannot_be_made_are_refused(fields, says):
 def test_every_task_of_the_table_says_what_it_is(name):
     task = TEXTS[name]()
     assert task.rows["train"] > task.rows["test"] > 0
-    assert task.metrics and task.columns and task.extraction and task.max_new_tokens > 0
+    assert task.metrics and task.extraction and task.max_new_tokens > 0
 
 
 class Split(list):
@@ -439,3 +443,100 @@ def test_the_command_ends_with_one_line_and_2_without_the_hub(fetch, tmp_path):
     status, said = fetch(tmp_path / "out")
     assert status == 2 and said.count("\n") == 1 and "could not be had from the Hub" in said
     assert not (tmp_path / "out").exists()
+
+
+# --- hostile and odd files of rows
+
+
+def test_only_a_regular_file_is_read(tmp_path):
+    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name in ("zero.jsonl", "pipe.jsonl"):
+        with pytest.raises(FedError, match=f"{name} is no regular file"):
+            GSM8K().load(str(tmp_path / name), "train")
+
+
+def test_a_row_longer_than_any_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_rows, "LONGEST_ROW", 1000)
+    rows = [*ROWS, {"question": "a" * 1000, "answer": "#### 1"}]
+    with pytest.raises(FedError, match=f"line {len(rows)} has more than 1000 bytes"):
+        GSM8K().load(str(written(tmp_path / "train.jsonl", rows)), "train")
+    (tmp_path / "list.json").write_text(json.dumps(ROWS))  # one line, and many rows
+    assert GSM8K().load(str(tmp_path / "list.json"), "train") == ROWS
+    bomb = gzip.compress(b'{"question": "' + b"a" * 10**7)
+    (tmp_path / "bomb.jsonl.gz").write_bytes(bomb)
+    with pytest.raises(FedError, match="line 1 has more than 1000 bytes"):
+        GSM8K().load(str(tmp_path / "bomb.jsonl.gz"), "train")
+    monkeypatch.setattr(json_rows, "LONGEST_LIST", 1000)
+    with pytest.raises(FedError, match="one JSON list of more than 1000 bytes"):
+        GSM8K().load(str(tmp_path / "list.json"), "train")
+
+
+def test_rows_under_a_key_are_read_and_two_lists_are_not(tmp_path):
+    (tmp_path / "train.json").write_text(json.dumps({"version": 1, "data": ROWS}, indent=1))
+    assert GSM8K().load(str(tmp_path / "train.json"), "train") == ROWS
+    (tmp_path / "train.json").write_text(json.dumps({"easy": ROWS[:1], "hard": ROWS[1:3]}))
+    with pytest.raises(FedError, match=r"several lists of rows: easy \(1\), hard \(2\)"):
+        GSM8K().load(str(tmp_path / "train.json"), "train")
+
+
+def test_a_comma_at_a_line_s_end_is_named(tmp_path):
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + ",\n" for row in ROWS))
+    with pytest.raises(FedError, match="line 1: the line ends in a comma"):
+        GSM8K().load(str(tmp_path / "train.jsonl"), "train")
+
+
+@pytest.mark.parametrize("form", ["\\ud83d", "\\uDC00", "\\ud83d\\ud83d"])
+def test_half_a_character_is_named_and_a_whole_one_is_text(tmp_path, form):
+    good = '{"question": "\\ud83d\\ude00", "answer": "#### 1"}\n'
+    (tmp_path / "train.jsonl").write_text(good + f'{{"question": "a{form}b", "answer": "#### 1"}}\n')
+    with pytest.raises(FedError, match="line 2: .* is half a character"):
+        GSM8K().load(str(tmp_path / "train.jsonl"), "train")
+    (tmp_path / "train.jsonl").write_text(good)
+    assert GSM8K().load(str(tmp_path / "train.jsonl"), "train")[0]["question"] == "\U0001f600"
+
+
+def test_none_and_a_missing_column_are_the_empty_input(tmp_path):
+    rows = [{"instruction": "Say a.", "input": None, "output": "a"}, {"instruction": "Say b.", "output": "b"}]
+    task = Alpaca(held_out=0)
+    loaded = task.load(str(written(tmp_path / "train.jsonl", rows)), "train")
+    plain = [task.prompt({"instruction": row["instruction"], "input": "", "output": ""}) for row in rows]
+    assert [task.prompt(row) for row in loaded] == plain
+    for bad in ({"instruction": None, "output": "a"}, {"instruction": "a", "output": None}, {"instruction": "a"}):
+        with pytest.raises(FedError, match="row 1: .*'(instruction|output)'"):
+            task.load(str(written(tmp_path / "train.jsonl", [bad])), "train")
+
+
+def test_templates_demand_the_columns_that_they_name_and_no_others(tmp_path):
+    rows = [{"asked": f"Say {n}.", "said": str(n)} for n in range(4)]
+    path = str(written(tmp_path / "train.jsonl", rows))
+    task = Alpaca(held_out=0, prompt_template="{asked}", target_template="{said}")
+    assert [task.prompt(row) + task.target(row) for row in task.load(path, "train")][1] == "Say 1.1"
+    with pytest.raises(FedError, match="no column 'asked_'. Did you mean 'asked'"):
+        Alpaca(held_out=0, prompt_template="{asked_}", target_template="{said}").load(path, "train")
+
+
+def test_an_image_set_in_several_files_is_read_whole_or_refused(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    def put(name, labels):
+        pictures = []
+        for label in labels:
+            held = io.BytesIO()
+            Image.new("L", (28, 28), label).save(held, "PNG")
+            pictures.append({"bytes": held.getvalue(), "path": None})
+        pq.write_table(pa.table({"image": pictures, "label": labels}), tmp_path / name)
+
+    for part in range(3):
+        put(f"train-0000{part}-of-00003.parquet", [part, part + 3])
+    assert sorted(MNIST().labels(str(tmp_path), "train", None, 0)) == [0, 1, 2, 3, 4, 5]
+    examples = MNIST().load(str(tmp_path), "train", None, 0)
+    assert sorted(examples.y.tolist()) == [0, 1, 2, 3, 4, 5]
+    (tmp_path / "train-00001-of-00003.parquet").unlink()
+    with pytest.raises(FedError, match="part 1 of 3 of train is missing"):
+        MNIST().labels(str(tmp_path), "train", None, 0)
+    put("train.parquet", [9])
+    with pytest.raises(FedError, match="several sets of train rows"):
+        MNIST().labels(str(tmp_path), "train", None, 0)
