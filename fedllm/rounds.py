@@ -26,6 +26,7 @@ from fedllm.core import (
 )
 from fedllm.errors import FedError
 from fedllm.lowrank import LowRank
+from fedllm.privacy.guarantee import Guarantee
 from fedllm.server import telemetry
 from fedllm.server.admission import admit, suspects
 from fedllm.server.robust import Trust
@@ -42,6 +43,7 @@ class Policy:
         deadline: seconds after which a client's update is too late; ``None`` waits for everybody.
         norm_bound: see ``admit``.
         robust: the guard between admission and the average.
+        privacy: what the round guarantees.
     """
 
     quorum: float = 0.0
@@ -49,10 +51,11 @@ class Policy:
     deadline: float | None = None
     norm_bound: float | None = None
     robust: Trust = Trust()
+    privacy: Guarantee = Guarantee()
 
     def least(self, cohort: int) -> int:
         """Usable updates that a cohort of this size must give."""
-        return max(1, self.robust.least, math.ceil(self.quorum * cohort - 1e-9))
+        return self.privacy.least(max(1, self.robust.least, math.ceil(self.quorum * cohort - 1e-9)))
 
 
 class Interrupted(FedError):
@@ -67,13 +70,19 @@ class Interrupted(FedError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything that a finished round leaves behind; ``state`` and ``memories`` are all that the next one needs."""
+    """Everything that a finished round leaves behind; ``state`` and ``memories`` are all that the next one needs.
+
+    Args:
+        record: what anybody may know of it.
+        private: all of it, for the server's operator.
+    """
 
     round: Round
     state: Tensors
     memories: Mapping[str, Tensors]
     replies: Sequence[Reply]
     record: dict[str, Any]
+    private: dict[str, Any]
 
 
 def federate(
@@ -95,6 +104,8 @@ def federate(
 ) -> Iterator[Outcome]:
     """Yields the outcome of rounds ``first`` to ``rounds``. Resuming is calling it with what the last outcome held.
 
+    It ends before a round that would pass the policy's privacy budget.
+
     Args:
         records: of the rounds before, to tell an update that came before.
         stop: asked after every client; where it says so, the loop ends in ``Interrupted``.
@@ -102,9 +113,13 @@ def federate(
     seen = {id: client["digest"] for record in records for id, client in record["clients"].items()}
     for index in range(first, rounds + 1):
         started = time.perf_counter()
+        privacy = policy.privacy
+        if not privacy.affords(clients, Round(index, seed, rounds=rounds)):
+            return
 
         def play(rnd: Round, state: Tensors = state, memories: Mapping[str, Tensors] = memories) -> Played:
-            cohort = sample(clients, participation, rnd)
+            cohort = policy.privacy.cohort(clients, participation, rnd)
+            policy.privacy.begins(cohort, rnd)
             display.round(rnd.index, [(client.id, client.rank, worker.of(client).steps) for client in cohort])
             sent = {c.id: ledger.canonical(algorithm.download(state, c, rnd)) for c in cohort}
             jobs = [Job(client, sent[client.id], memories.get(client.id, {})) for client in cohort]
@@ -122,7 +137,8 @@ def federate(
             play, [Round(index, seed, rounds=rounds, attempt=k) for k in range(policy.attempts)], policy, stop
         )
         *short, good = played
-        kept, notes = policy.robust.guard(algorithm, good.replies)
+        guarded, notes = policy.robust.guard(algorithm, good.replies)
+        kept = privacy.released(algorithm, state, clients, guarded, good.rnd)
         record = _record(algorithm, state, good, kept)
         now = {id: client["digest"] for id, client in record["clients"].items()}
         record |= {
@@ -139,7 +155,7 @@ def federate(
         memories = {**memories, **{id: ledger.canonical(memory) for id, memory in after.items()}}
         seen |= now
         record["seconds"] = time.perf_counter() - started
-        yield Outcome(good.rnd, state, memories, good.replies, record)
+        yield Outcome(good.rnd, state, memories, good.replies, privacy.told(record, kept, good.rnd), record)
 
 
 @dataclass(frozen=True)
@@ -216,15 +232,6 @@ def _check(state: Tensors, rnd: Round) -> None:
                 )
 
 
-def sample(clients: Sequence[Client], participation: float, rnd: Round) -> list[Client]:
-    """The round's cohort: ``int(participation * N)`` clients, one at least, uniformly without replacement."""
-    size = max(1, int(participation * len(clients) + 1e-9))  # 0.3 * 10 is 2.9999999999999996 in some orders
-    if size == len(clients):
-        return list(clients)
-    chosen = torch.randperm(len(clients), generator=rnd.rng("cohort"))[:size].sort().values
-    return [clients[i] for i in chosen.tolist()]
-
-
 def own_scores(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """``own_...``: clients' scores of their personal models, each in its last round; the mean over all met so far."""
     last: dict[str, dict[str, float]] = {}
@@ -254,7 +261,7 @@ def _record(algorithm: Algorithm, state: Tensors, played: Played, kept: Sequence
     }
     return {
         "round": rnd.index,
-        "train_loss": sum(r.metrics.get("train_loss", 0.0) * r.client.num_samples for r in replies) / rows,
+        "train_loss": sum(r.metrics.get("train_loss", 0.0) * r.client.num_samples for r in replies) / max(rows, 1),
         "weights": dict.fromkeys(per_client, 0.0) | algorithm.shares(state, kept),
         "truncation_error": {reply.client.id: algorithm.truncated(state, reply.client) for reply in replies},
         "bytes_down": sum(client["bytes_down"] for client in per_client.values()),

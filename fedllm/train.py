@@ -111,7 +111,7 @@ def train(
         show(recipe, federation.plan(), console)
         return
     resumed = _resumed(recipe)
-    title = f"{recipe.name}: {recipe.algorithm_name}, {len(federation.clients)} clients, {recipe.models}"
+    title = f"{recipe.name}: {recipe.rule}, {len(federation.clients)} clients, {recipe.models}"
     with Progress(run.rounds, title, console) as display, once() as interrupted:
         processes.tell({"do": "start"})
         made = federation.worker(display.step)
@@ -119,7 +119,9 @@ def train(
             folder.check(out, resume=run.resume, overwrite=run.overwrite)
             begun = _begun(recipe, federation, resumed)
             rows, hint = _federated(recipe, federation, begun, made, processes, display, interrupted, lead)
-    notes = [*federation.notes, *notes_of()]
+    promise = recipe.guarantee(federation.clients)
+    told = federation.notes[:1] if recipe.unpublished != out else federation.notes
+    notes = [*told, *notes_of(), *promise.lines]
     if recipe.eval.alone is not None:
         notes = [*notes, "A client alone trains for as many steps on its own rows as it does in the federation."]
     summary = {"title": title, "rows": rows, "notes": notes}
@@ -169,6 +171,7 @@ def _federated(
     else:
         worker, fleet = lead(made, display, interrupted)
     base = _base(recipe, worker, display)
+    guarantee = recipe.guarantee(federation.clients)
     with closing(tracking.open_tracker(run.tracker, out, dict(recipe.page))) as tracker:
 
         def close(records: list[dict[str, Any]], state: Tensors) -> None:
@@ -198,23 +201,37 @@ def _federated(
             rounds=run.rounds,
             seed=run.seed,
             participation=recipe.clients.participation,
-            policy=recipe.policy,
+            policy=replace(recipe.policy, privacy=guarantee),
             records=records,
             stop=interrupted,
         )
         try:
             for outcome in rounds:
+                if recipe.unpublished != out:
+                    folder.append_line(recipe.unpublished / "rounds.jsonl", outcome.private)
                 state, memories, replies = outcome.state, outcome.memories, outcome.replies
                 records.append(outcome.record)
                 done = Checkpoint(outcome.round.index, state, memories, records, recipe.page)
-                checkpoint.save(out / "checkpoint", done)
+                checkpoint.save(recipe.unpublished / "checkpoint", done)
                 close(records, state)
         except Interrupted as stopped:
             part = replace(done, interrupted=stopped.rnd, finished=stopped.finished)
-            checkpoint.save(out / "checkpoint", part)
+            checkpoint.save(recipe.unpublished / "checkpoint", part)
             raise
+        if not records:
+            raise FedError(
+                "privacy.epsilon is spent before the first round: nothing was trained. Give a larger budget, or fewer "
+                "rounds a client."
+            )
+        if records[-1]["round"] < run.rounds:
+            print(
+                f"fedllm: stopped after round {records[-1]['round']} of {run.rounds}: the next would pass "
+                f"privacy.epsilon={recipe.privacy.epsilon:g}, since rounds that were begun twice count twice.",
+                file=sys.stderr,
+            )
+            records[-1]["eval"] = _score(out, worker, display, "last", algorithm.served(state))
         rows = [{"name": "base model", **base}] if base else []
-        rows.append({"name": f"federated ({recipe.algorithm_name})", **records[-1]["eval"]})
+        rows.append({"name": f"federated ({recipe.rule})", **records[-1]["eval"]})
         if recipe.eval.clients:
             for reply in replies:
                 own = algorithm.personal(reply, memories.get(reply.client.id, {}))
@@ -236,7 +253,7 @@ def _resumed(recipe: recipes.Recipe) -> Checkpoint | None:
     if not run.resume:
         return None
     shown = recipe.eval.clients or recipe.hub.clients  # no checkpoint keeps the last round's replies: play it again
-    done = checkpoint.load(out / "checkpoint", recipe.page, until=run.rounds - 1 if shown else None)
+    done = checkpoint.load(recipe.unpublished / "checkpoint", recipe.page, until=run.rounds - 1 if shown else None)
     known = out / "rounds.jsonl"
     if done is None and known.is_file() and known.stat().st_size:
         raise FedError(f"{out} has rounds and no checkpoint to resume from: run.overwrite=true starts anew.")
@@ -257,13 +274,17 @@ def _resumed(recipe: recipes.Recipe) -> Checkpoint | None:
 def _begun(recipe: recipes.Recipe, federation: Federation, done: Checkpoint | None) -> Checkpoint:
     """The folder made ready, and where the run stands: what it left, or round 0 of a new one."""
     run, out = recipe.run, recipe.output
-    folder.prepare(out, recipes.dump(recipe), federation.partition, overwrite=run.overwrite and not run.resume)
+    known = recipe.guarantee(federation.clients).partition(federation.partition)
+    folder.prepare(out, recipes.dump(recipe), known, overwrite=run.overwrite and not run.resume)
+    if recipe.unpublished != out:
+        folder.keep_back(recipe.unpublished)
+        folder.write(recipe.unpublished / "partition.json", json.dumps(federation.partition, indent=1))
     first = canonical(recipe.algorithm.init(federation.model, federation.clients))
     if done is not None:
         checkpoint.check_state(done, first, out)
     else:
         done = Checkpoint(0, first, {}, [], recipe.page)
-        checkpoint.save(out / "checkpoint", done)
+        checkpoint.save(recipe.unpublished / "checkpoint", done)
     folder.write_lines(out / "rounds.jsonl", done.records[:-1])
     return done
 

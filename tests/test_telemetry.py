@@ -25,7 +25,7 @@ from fedllm.algorithms.lora.zero_padding import ZeroPadding
 from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors
 from fedllm.errors import FedError
 from fedllm.lowrank import LowRank
-from fedllm.rounds import sample
+from fedllm.privacy.cohorts import uniform as sample
 from fedllm.server import telemetry
 from fedllm.server.telemetry import measure
 from fedllm.wire.serialization import canonical
@@ -315,7 +315,7 @@ from fedllm.core import Client, Model, Reply, Round
 from fedllm.wire.serialization import canonical
 from fedllm.lowrank import LowRank
 from fedllm.config.rank_profiles import PROFILES
-from fedllm.rounds import sample
+from fedllm.privacy.cohorts import uniform as sample
 from fedllm.server.telemetry import measure
 
 rule, population, size, modules, rounds = LOW_RANK[sys.argv[1]](), *map(int, sys.argv[2:])

@@ -24,6 +24,7 @@ PLAIN = {
     "wire": ("fedllm.wire.compression", "Wire"),
     "server": ("fedllm.algorithms.compositions.server_step", "Server"),
     "local": ("fedllm.algorithms.compositions.local_step", "LocalStep"),
+    "privacy": ("fedllm.privacy.settings", "Privacy"),
 }
 """Section -> the class whose fields are its keys."""
 

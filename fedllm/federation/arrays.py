@@ -25,7 +25,7 @@ from fedllm.models.build import drawn
 from fedllm.models.flops import forward_cost, sizes
 from fedllm.models.lowrank_conv import SHARED, freeze, plain, unfolded
 from fedllm.models.network import Make, fitted
-from fedllm.rounds import sample
+from fedllm.privacy.cohorts import uniform as sample
 from fedllm.storage import files, run_folder
 from fedllm.wire import serialization as ledger
 from fedllm.workers.settings import Vision

@@ -36,7 +36,7 @@ def show(recipe: Recipe, plan: dict[str, Any], console: Console) -> None:
     """Clients, what they train and send, and what will be written where."""
     totals = plan["totals"]
     console.print(
-        f"[bold]{recipe.name}[/bold]: {recipe.algorithm_name} on {recipe.models}, {totals['rounds']} rounds, "
+        f"[bold]{recipe.name}[/bold]: {recipe.rule} on {recipe.models}, {totals['rounds']} rounds, "
         f"{totals['cohort']} of {totals['clients']} clients a round, data {recipe.data_name}",
         soft_wrap=True,
     )
@@ -81,6 +81,8 @@ def show(recipe: Recipe, plan: dict[str, Any], console: Console) -> None:
         f"{size(totals['run_bytes'])} over the wire in the whole run, at that rate",
         soft_wrap=True,
     )
+    for line in plan.get("privacy", ()):
+        console.print(line, soft_wrap=True, highlight=False)
     console.print(
         f"writes {recipe.output}/: recipe.yaml rounds.jsonl checkpoint/ eval/ {recipe.worker.exported}/ "
         "report.md plots/",

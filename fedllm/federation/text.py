@@ -29,7 +29,7 @@ from fedllm.wire import serialization as ledger
 from fedllm.workers.lora import target_shapes
 from fedllm.workers.scoring import device, measured
 from fedllm.workers.settings import SFT
-from fedllm.workers.sft import SFTClient, SFTWorker, processes
+from fedllm.workers.sft import SFTWorker, processes
 from fedllm.workers.sft_own_models import OwnWorker
 
 Row = Mapping[str, Any]
@@ -248,7 +248,13 @@ class TextFederation:
                 (totals["bytes_down"] + totals["bytes_up"]) * self.recipe.run.rounds * cohort / len(clients)
             ),
         }
-        return {"clients": clients, "levels": [], "totals": totals, "guessed": self.guessed}
+        told = {"privacy": self._privacy(state, rnd)} if self.recipe.privacy.unit != "none" else {}
+        return {"clients": clients, "levels": [], "totals": totals, "guessed": self.guessed, **told}
+
+    def _privacy(self, state: Tensors, rnd: Round) -> list[str]:
+        """What the plan says of the guarantee."""
+        guarantee = self.recipe.guarantee(self.clients)
+        return [*guarantee.lines, *guarantee.price(self.recipe.algorithm, state, self.clients, rnd)]
 
     def _encode(self, rows: Sequence[Row]) -> list[Encoded]:
         task = self.recipe.data.task
@@ -317,10 +323,11 @@ class TextWorker:
     def __init__(self, federation: TextFederation, base: nn.Module, on_step: Callable[[float | None], None]) -> None:
         recipe = federation.recipe
         self.federation, self.tokenizer = federation, federation.tokenizer
+        self.guarantee = recipe.guarantee(federation.clients)
         self.sft = SFTWorker(recipe.worker, base, self.tokenizer, federation.rows, recipe.run.rounds, on_step)
 
-    def of(self, client: Client) -> SFTClient:
-        return self.sft.of(client)
+    def of(self, client: Client) -> ClientWorker:
+        return self.guarantee.on_client(self.sft.of(client))
 
     def evaluate(self, update: Tensors) -> Score:
         """Held-out loss of the base model plus ``update``, and the task's scores of its generated answers."""

@@ -25,7 +25,9 @@ from fedllm.data.partition import PARTITIONS
 from fedllm.errors import FedError
 from fedllm.fleets.faults import Faults
 from fedllm.models.language import LanguageModel, located
+from fedllm.privacy.settings import Privacy
 from fedllm.recipe.checks import check_compatible, check_values
+from fedllm.recipe.privacy_checks import check_privacy
 from fedllm.recipe.sections import SECTIONS, Admission, Clients, Data, Evaluation, Hub, Recipe, Run
 from fedllm.server.robust import ROBUST
 from fedllm.tasks import TASKS
@@ -88,7 +90,11 @@ def _override(argument: str) -> dict[str, Any]:
 def build(name: str, page: Mapping[str, Any]) -> Recipe:
     """The recipe that a resolved page of plain values describes."""
     refuse_unknown_keys(page, SECTIONS, "")
-    run = parse_section(Run, page.get("run"), "run")
+    privacy = parse_section(Privacy, page.get("privacy"), "privacy")
+    asked = as_section(page.get("run"), "run")
+    if privacy.unit == "client":  # a round that is repeated tells who was missing
+        asked = {"attempts": 1, **asked}
+    run = parse_section(Run, asked, "run")
     run = dataclasses.replace(run, output=run.output or f"runs/{name}")
     algorithm_name, algorithm = parse_named(ALGORITHMS, page.get("algorithm"), "algorithm", default="fedhl")
     robust_name, robust = parse_named(ROBUST, page.get("robust"), "robust", default="none")
@@ -126,11 +132,16 @@ def build(name: str, page: Mapping[str, Any]) -> Recipe:
         robust=robust,
         faults=parse_section(Faults, page.get("faults"), "faults"),
         wire=wire,
+<<<<<<< HEAD
         server=server,
         local=local,
+=======
+        privacy=privacy,
+>>>>>>> 6084c2f (privacy.unit=client in a run: budget, write-ahead ledger, cohorts, what is told and what is refused)
     )
     check_compatible(recipe)
     check_values(recipe)
+    check_privacy(recipe)
     return dataclasses.replace(recipe, page=_page(recipe, partition_name))
 
 
@@ -207,8 +218,12 @@ def _page(recipe: Recipe, partition: str) -> dict[str, Any]:
         "robust": {"name": recipe.robust_name} | _plain(recipe.robust),
         "faults": _plain(recipe.faults),
         "wire": _plain(recipe.wire),
+<<<<<<< HEAD
         "server": _plain(recipe.server),
         "local": _plain(recipe.local),
+=======
+        "privacy": _plain(recipe.privacy),
+>>>>>>> 6084c2f (privacy.unit=client in a run: budget, write-ahead ledger, cohorts, what is told and what is refused)
     }
 
 

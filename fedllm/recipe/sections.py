@@ -13,10 +13,12 @@ from fedllm.algorithms.compositions.server_step import Server
 from fedllm.config.rank_profiles import PROFILES
 from fedllm.config.suggest import nearest
 from fedllm.config.types import Count, Positive, Seed, Share, SomeShare, Whole, needs
-from fedllm.core import Algorithm
+from fedllm.core import Algorithm, Client
 from fedllm.data.partition import IID
 from fedllm.errors import FedError
 from fedllm.fleets.faults import Faults
+from fedllm.privacy.guarantee import Guarantee, guarantee
+from fedllm.privacy.settings import Privacy
 from fedllm.rounds import Policy
 from fedllm.server.robust import Trust
 from fedllm.wire.compression import Wire
@@ -34,8 +36,12 @@ SECTIONS = (
     "robust",
     "faults",
     "wire",
+<<<<<<< HEAD
     "server",
     "local",
+=======
+    "privacy",
+>>>>>>> 6084c2f (privacy.unit=client in a run: budget, write-ahead ledger, cohorts, what is told and what is refused)
 )
 
 
@@ -234,8 +240,12 @@ class Recipe:
     robust: Trust = Trust()
     faults: Faults = Faults()
     wire: Wire = Wire()
+<<<<<<< HEAD
     server: Server = Server()
     local: LocalStep = LocalStep()
+=======
+    privacy: Privacy = Privacy()
+>>>>>>> 6084c2f (privacy.unit=client in a run: budget, write-ahead ledger, cohorts, what is told and what is refused)
     page: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -249,6 +259,29 @@ class Recipe:
         """What clients train, by name: the model of all of them, or their own."""
         return ", ".join(dict.fromkeys(self.model.own)) or self.model.name
 
+    def guarantee(self, clients: Sequence[Client]) -> Guarantee:
+        """What a run with these clients, whose rows are known, guarantees."""
+        return guarantee(
+            self.privacy,
+            clients,
+            participation=self.clients.participation,
+            rounds=self.run.rounds,
+            seed=self.run.seed,
+            folder=self.output,
+            batch_size=self.worker.batch_size,
+            steps=getattr(self.worker, "steps", None),
+        )
+
+    @property
+    def rule(self) -> str:
+        """The rule as tables name it; with ``privacy.unit=client`` it is not its paper's."""
+        return f"{self.algorithm_name}{', B only, equal weights' * (self.privacy.unit == 'client')}"
+
     @property
     def output(self) -> Path:
         return Path(str(self.run.output))
+
+    @property
+    def unpublished(self) -> Path:
+        """The part of the run's folder that holds what its guarantee does not cover."""
+        return self.output / "private" if self.privacy.unit == "client" else self.output

@@ -23,6 +23,7 @@ UNFINISHED = f".{MARK}.writing"
 
 OWN = re.compile(
     r"(partition|summary|versions|merged|hessian)\.json|recipe\.yaml|rounds\.jsonl|report\.md|eval|plots|checkpoint"
+    r"|private|privacy\.jsonl"
     r"|(adapter|model)(_clients)?|merged|trackio|tensorboard|wandb|\.removing|\.(adapter|merged)\..+|\..+\.writing"
 )
 """The names of all that a run, and what is done with it later, writes into its folder."""
@@ -109,6 +110,11 @@ def prepare(out: Path, recipe: str, partition: Mapping[str, Any], *, overwrite: 
     write(out / "recipe.yaml", recipe)
     for name in ("eval", "plots"):
         files.make_folder(out / name)
+
+
+def keep_back(place: Path) -> None:
+    """A folder for the operator's eyes alone."""
+    files.make_folder(place).chmod(0o700)
 
 
 def _empty(out: Path) -> None:
