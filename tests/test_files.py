@@ -233,3 +233,11 @@ def test_extras_are_installed_from_the_checkout() -> None:
     told += [*(ROOT / "docs").rglob("*.md"), *(ROOT / "fedllm").rglob("*.py")]
     for page in told:
         assert not re.search(r"pip install [\"'\\]*fedllm", page.read_text(encoding="utf-8")), page
+
+
+def test_what_a_kill_left_of_an_adapter_is_removed(copy: Path) -> None:
+    for name in (".adapter.98c1b6da.old", ".adapter.98c1b6db.new"):
+        shutil.copytree(copy / "adapter", copy / name)
+    before = {path.name for path in copy.iterdir()}
+    folder.prepare(copy, (copy / "recipe.yaml").read_text(), {}, overwrite=False)
+    assert before - {path.name for path in copy.iterdir()} == {".adapter.98c1b6da.old", ".adapter.98c1b6db.new"}

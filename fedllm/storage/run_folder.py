@@ -29,6 +29,10 @@ OWN = re.compile(
 """The names of all that a run, and what is done with it later, writes into its folder."""
 
 
+LITTER = re.compile(r"\..+\.[0-9a-f]{8}\.(old|new)")
+"""Adapters that a run was putting in place when it was killed; it exports again."""
+
+
 def check(out: Path, *, resume: bool, overwrite: bool) -> None:
     """Raises FedError where a run must not write into ``out``; touches nothing."""
     if out.exists() and not out.is_dir():
@@ -110,6 +114,9 @@ def prepare(out: Path, recipe: str, partition: Mapping[str, Any], *, overwrite: 
     write(out / "recipe.yaml", recipe)
     for name in ("eval", "plots"):
         files.make_folder(out / name)
+    for path in (*out.iterdir(), *(out / "adapter_clients").glob(".*")):
+        if LITTER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
 
 
 def keep_back(place: Path) -> None:
