@@ -132,12 +132,9 @@ def build(name: str, page: Mapping[str, Any]) -> Recipe:
         robust=robust,
         faults=parse_section(Faults, page.get("faults"), "faults"),
         wire=wire,
-<<<<<<< HEAD
         server=server,
         local=local,
-=======
         privacy=privacy,
->>>>>>> 6084c2f (privacy.unit=client in a run: budget, write-ahead ledger, cohorts, what is told and what is refused)
     )
     check_compatible(recipe)
     check_values(recipe)
@@ -218,12 +215,9 @@ def _page(recipe: Recipe, partition: str) -> dict[str, Any]:
         "robust": {"name": recipe.robust_name} | _plain(recipe.robust),
         "faults": _plain(recipe.faults),
         "wire": _plain(recipe.wire),
-<<<<<<< HEAD
         "server": _plain(recipe.server),
         "local": _plain(recipe.local),
-=======
         "privacy": _plain(recipe.privacy),
->>>>>>> 6084c2f (privacy.unit=client in a run: budget, write-ahead ledger, cohorts, what is told and what is refused)
     }
 
 

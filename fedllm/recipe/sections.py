@@ -36,12 +36,9 @@ SECTIONS = (
     "robust",
     "faults",
     "wire",
-<<<<<<< HEAD
     "server",
     "local",
-=======
     "privacy",
->>>>>>> 6084c2f (privacy.unit=client in a run: budget, write-ahead ledger, cohorts, what is told and what is refused)
 )
 
 
@@ -240,12 +237,9 @@ class Recipe:
     robust: Trust = Trust()
     faults: Faults = Faults()
     wire: Wire = Wire()
-<<<<<<< HEAD
     server: Server = Server()
     local: LocalStep = LocalStep()
-=======
     privacy: Privacy = Privacy()
->>>>>>> 6084c2f (privacy.unit=client in a run: budget, write-ahead ledger, cohorts, what is told and what is refused)
     page: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
