@@ -1,8 +1,13 @@
 """From a recipe to a federation of text clients: what is counted, and what is said of it."""
 
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 
-from fedllm.core import Round
+from fedllm.core import Client, Round
+from fedllm.data.partition import PARTITIONS, Partition
 from fedllm.errors import FedError
 from fedllm.federation.text import TextFederation
 from fedllm.models import language
@@ -77,3 +82,28 @@ def test_planned_tokens_are_those_that_are_trained(shape):
     sent = recipe.algorithm.download(state, client, Round(1, 0))
     _, _, metrics = federation.worker(lambda loss: None).of(client).train(sent, {}, Round(1, 0))
     assert (planned["tokens"], planned["steps"]) == (metrics["tokens"], metrics["steps"])
+
+
+@dataclass(frozen=True)
+class ByKind(Partition):
+    """Every kind of problem is a client of that name."""
+
+    names_clients: ClassVar[bool] = True
+
+    def clients(self, labels: Sequence[Hashable]) -> list[str]:
+        return sorted({f"kind-{label}" for label in labels})
+
+    def _parts(self, labels: Sequence[Hashable], n: int, clients: Sequence[Client], seed: int) -> list[list[int]]:
+        return [[i for i, label in enumerate(labels) if f"kind-{label}" == client.id] for client in clients]
+
+
+def test_clients_have_the_names_that_the_data_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows are read before the clients are made: their number and names come from a column."""
+    monkeypatch.setitem(PARTITIONS, "by_kind", ByKind)
+    asked = [*QUICK, "data.partition.name=by_kind", "data.partition.column=template", "clients.rank=4"]
+    federation = TextFederation(load(asked))
+    assert len(federation.clients) > 1
+    assert all(client.id.startswith("kind-") and client.rank == 4 for client in federation.clients)
+    assert sum(client.num_samples for client in federation.clients) + federation.partition["dropped_rows"] == 24
+    with pytest.raises(FedError, match="the data names"):
+        TextFederation(load([*asked, "clients.count=999"]))

@@ -187,11 +187,19 @@ class Partition:
 
     Args:
         column: the column that holds a row's label. Rules that need no label only report its mix.
+
+    A rule that ``names_clients`` reads from its column who the clients are, so the rows are read before the clients are
+    made; the others deal the rows to clients ``c0``, ``c1`` and so on, who are checked before anything is read.
     """
 
     column: str | None = None
 
     by_label: ClassVar[bool] = False
+    names_clients: ClassVar[bool] = False
+
+    def clients(self, labels: Sequence[Hashable]) -> list[str]:
+        """The ids of the clients that the rows name, in their order; of a rule that ``names_clients`` alone."""
+        raise NotImplementedError
 
     def split(self, labels: Sequence[Hashable] | None, n: int, clients: Sequence[Member], seed: int) -> Parts:
         """The row indices of each client, in the order of ``clients``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from fedllm.data.partition import IID, describe
 from fedllm.errors import FedError, Unreachable
 from fedllm.lowrank import LowRank, fill
 from fedllm.models import language
+from fedllm.recipe.checks import check_alone
 from fedllm.recipe.sections import Recipe
 from fedllm.sandbox.runner import require
 from fedllm.storage import files
@@ -86,25 +87,16 @@ class TextFederation:
         self.settings: SFT = recipe.worker
         self.test: list[Row] = []  # held out; none where a plan has to guess
         self.scored: list[Encoded] = []  # those of them that truncation leaves something to score
-        own = recipe.model.own
-        members = [
-            Client(f"c{i}", 0, rank, level=own[i % len(own)] if own else "")
-            for i, rank in enumerate(recipe.clients.ranks())
-        ]
-        recipe.algorithm.validate(members)
         _fits(recipe)
         if recipe.data.task.runs_code and recipe.eval.generate and not recipe.run.plan:
             _allowed(recipe)
-        self.skeletons: dict[str, Any] = {
-            level: language.skeleton(recipe.model.of(member))
-            for level, member in {member.level: member for member in members}.items()
-        }
-        self.shapes = {level: target_shapes(net, self.settings.targets) for level, net in self.skeletons.items()}
-        self._check_ranks(members)
-        data = recipe.data
+        data, partition = recipe.data, recipe.data.partition
+        members = None if partition.names_clients else self._admitted(None)
         self.guessed = False
         try:
             train = self._rows("train", data.train_rows)
+            if members is None:
+                members = self._admitted(partition.clients(self._labels(train) or ()))
             self.tokenizer = language.common_tokenizer(recipe.model)
             self.classes = 1 + max(self.tokenizer.get_vocab().values())
             encoded = self._encode(train)
@@ -119,14 +111,15 @@ class TextFederation:
             if not recipe.run.plan:
                 raise
             self.guessed = True
+            members = members or self._admitted(None)
             self.classes = self.skeletons[members[0].level].config.vocab_size
             train = [{}] * min(data.train_rows or data.task.rows["train"], data.task.rows["train"])
             encoded = [Encoded([0] * self.settings.max_length, [0] * self.settings.max_length)] * len(train)
         if not self.guessed:
             self._check_positions([*encoded, *self.scored])
-        partition = IID() if self.guessed and data.partition.column else data.partition  # no rows, no labels
-        column = partition.column
-        labels = None if column is None else [data.task.label(row, column) for row in train]
+        if self.guessed and partition.column:  # no rows, no labels
+            partition = IID()
+        labels = None if self.guessed else self._labels(train)
         parts = partition.split(labels, len(train), members, recipe.run.seed)
         kept = [[i for i in part if encoded[i].trained] for part in parts]
         for member, part in zip(members, kept, strict=True):
@@ -256,6 +249,25 @@ class TextFederation:
         guarantee = self.recipe.guarantee(self.clients)
         return [*guarantee.lines, *guarantee.price(self.recipe.algorithm, state, self.clients, rnd)]
 
+    def _admitted(self, ids: Sequence[str] | None) -> list[Client]:
+        """The clients, without rows yet, and the shapes of their models: all are checked, no weight is loaded."""
+        recipe = self.recipe
+        members = members_of(recipe, ids)
+        recipe.algorithm.validate(members)
+        check_alone(recipe, len(members))
+        self.skeletons: dict[str, Any] = {
+            level: language.skeleton(recipe.model.of(member))
+            for level, member in {member.level: member for member in members}.items()
+        }
+        self.shapes = {level: target_shapes(net, self.settings.targets) for level, net in self.skeletons.items()}
+        self._check_ranks(members)
+        return members
+
+    def _labels(self, rows: Sequence[Row]) -> list[Hashable] | None:
+        """Each row's label, where the partition has a column for it."""
+        column = self.recipe.data.partition.column
+        return None if column is None else [self.recipe.data.task.label(row, column) for row in rows]
+
     def _encode(self, rows: Sequence[Row]) -> list[Encoded]:
         task = self.recipe.data.task
         return encode(
@@ -315,6 +327,17 @@ class TextFederation:
             2 if self.settings.gradient_checkpointing else 34
         )  # half-words a token and unit (Korthikanti et al.)
         return tokens * config.hidden_size * config.num_hidden_layers * per_layer + 4 * tokens * config.vocab_size
+
+
+def members_of(recipe: Recipe, ids: Sequence[str] | None = None) -> list[Client]:
+    """Every client with its rank and base model: ``c0`` and so on, or the names that the data gives."""
+    own = recipe.model.own
+    ranks = recipe.clients.ranks(None if ids is None else len(ids))
+    names = ids if ids is not None else [f"c{i}" for i in range(len(ranks))]
+    return [
+        Client(id, 0, rank, level=own[i % len(own)] if own else "")
+        for i, (id, rank) in enumerate(zip(names, ranks, strict=True))
+    ]
 
 
 class TextWorker:

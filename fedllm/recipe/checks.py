@@ -46,10 +46,14 @@ def check_values(recipe: Recipe) -> None:
         ),
         (not recipe.hub.push or recipe.hub.repo, "hub.push=true needs hub.repo=OWNER/NAME: where to upload to."),
     ]
-    count = len(recipe.clients.ranks())
-    alone = recipe.eval.alone_of(count)
-    inside = all(0 <= place < count for place in alone)
-    checks.append((inside, f"eval.alone={recipe.eval.alone}: the clients are 0 to {count - 1}."))
+    if not recipe.data.partition.names_clients:
+        check_alone(recipe, len(recipe.clients.ranks()))
     for holds, message in checks:
         if not holds:
             raise FedError(message)
+
+
+def check_alone(recipe: Recipe, clients: int) -> None:
+    """Raises FedError where ``eval.alone`` names a client that is not there."""
+    if not all(0 <= place < clients for place in recipe.eval.alone_of(clients)):
+        raise FedError(f"eval.alone={recipe.eval.alone}: the clients are 0 to {clients - 1}.")

@@ -99,12 +99,18 @@ class Clients:
     participation: SomeShare = 1.0
     levels: tuple[str, ...] = ()
 
-    def ranks(self) -> list[int]:
-        """One rank per client."""
+    def ranks(self, named: int | None = None) -> list[int]:
+        """One rank per client.
+
+        Args:
+            named: how many clients the data names, where it does.
+        """
+        if named is not None and self.count not in (None, named):
+            raise FedError(f"clients.count={self.count}, and the data names {named} clients: leave clients.count out.")
         if self.count and self.count > MOST_CLIENTS:
             raise FedError(f"clients.count={self.count}: a run has {MOST_CLIENTS} clients at most.")
         if isinstance(self.rank, int):
-            ranks: Sequence[int] = [self.rank] * (self.count or 1)
+            ranks: Sequence[int] = [self.rank]
         elif isinstance(self.rank, str):
             if self.rank not in PROFILES:
                 if re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", self.rank):
@@ -115,7 +121,7 @@ class Clients:
             ranks = self.rank
         if not ranks or min(ranks) < 1:
             raise FedError(f"clients.rank={self.rank}: a rank is a whole number from 1 up.")
-        count = self.count or len(ranks)
+        count = self.count or named or len(ranks)
         if count % len(ranks):
             raise FedError(
                 f"clients.count={count} clients cannot share {len(ranks)} ranks evenly: give a multiple of it."

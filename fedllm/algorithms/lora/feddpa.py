@@ -32,7 +32,6 @@ class FedDPA(FedIT):
     def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         first: dict[str, float] = {}
         kept: dict[str, Any] = {}
-        own: Tensors
         if memory and self.mix > 0:
             own: Tensors = {
                 name: fill(memory.get(f"own/{name}", LowRank.zeros(*M.shape)), M.rank, rnd.rng("personal", name))
