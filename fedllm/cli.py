@@ -507,6 +507,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a disk that is full, a name that is too long, a folder that may not be read
+        where = f"{error.filename}: " if isinstance(error.filename, str) else ""
+        print(f"fedllm: {where}{error.strerror or error}.", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

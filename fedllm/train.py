@@ -57,6 +57,7 @@ PARALLEL: dict[str, Any] = {"clients": accelerate, "ddp": together, "fsdp": toge
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs it. 0: done; 2: something the user can mend, said in one sentence on stderr; 130: stopped by Ctrl-C."""
     quiet_libraries()
+    recipe = None
     try:
         with joined() as processes:
             try:
@@ -70,7 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with parallel.ready(processes, recipe):
                 parallel.serve(processes, lambda: _hand(recipe)) if processes.rank else train(recipe, processes)
     except (FedError, KeyboardInterrupt) as error:
-        at_once = "stopped at once: run.resume=true goes on from the last finished round."
+        at_once = (
+            "stopped at once: run.resume=true goes on from the last finished round."
+            if recipe is not None and folder.begun(recipe.output)
+            else "stopped at once: no run was begun, and nothing was written."
+        )
         print(f"fedllm: {str(error) or at_once}", file=sys.stderr)
         return 2 if isinstance(error, FedError) and not isinstance(error, Interrupted) else 130
     return 0

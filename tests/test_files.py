@@ -241,3 +241,26 @@ def test_what_a_kill_left_of_an_adapter_is_removed(copy: Path) -> None:
     before = {path.name for path in copy.iterdir()}
     folder.prepare(copy, (copy / "recipe.yaml").read_text(), {}, overwrite=False)
     assert before - {path.name for path in copy.iterdir()} == {".adapter.98c1b6da.old", ".adapter.98c1b6db.new"}
+
+
+def test_a_stop_before_a_run_is_begun_promises_no_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fedllm import train
+
+    def stopped(*given: Any, **named: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "build_federation", stopped)
+    assert train.main(["recipe=smoke", f"run.output={tmp_path / 'run'}"]) == 130
+    assert "no run was begun" in capsys.readouterr().err
+
+
+def test_an_error_of_the_system_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    from fedllm.cli import main
+
+    assert main(["report", "x" * 300]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("fedllm: ") and len(told.splitlines()) == 1 and "too long" in told
+    assert main(["evaluate", "model=pico", "task=gsm8k", "data=rows.jsonl"]) == 2
+    assert "data.path=rows.jsonl" in capsys.readouterr().err

@@ -98,6 +98,8 @@ def parse(task: str | None, arguments: Sequence[str]) -> tuple[Settings, str, re
         page = plain_yaml.assignments(arguments)
     except FedError as error:
         raise FedError(f"these arguments cannot be read: {error}") from error
+    if isinstance(page.get("data"), str):
+        raise FedError(f"data={page['data']}: rows are named by data.path={page['data']}, the task by task=NAME.")
     asked = page.pop("task", None) if task is None else None
     settings: Settings = parse_section(Settings, page, "")
     run = None
