@@ -526,3 +526,51 @@ def test_stores_keep_the_newest_and_take_no_path(tmp_path):
     (tmp_path / "s" / ("a" * 32)).symlink_to("/etc/passwd")
     assert store.get("a" * 32) is None and store.get("../policy.yaml") is None
     assert (tmp_path / "s" / ("2" * 32)).stat().st_mode & 0o077 == 0
+
+
+def test_a_dry_run_says_what_hello_will_say_and_leaves_nothing(tmp_path, monkeypatch):
+    from fedllm.commands import join
+
+    one = node(tmp_path, "c1", ask="first")
+    (tmp_path / "c1" / "policy.yaml").write_text((tmp_path / "c1" / "policy.yaml").read_text())
+    before = sorted(path.name for path in one.folder.iterdir())
+    told = join.dry_run(one.folder, SMALL)
+    digest = notes.recipe_digest(load(SMALL).page)
+    assert sorted(path.name for path in one.folder.iterdir()) == before
+    assert f"fedllm join approve {one.folder} {digest}" in told
+    approve(one.folder, digest)
+    answer, _ = one.handle(hello(load(SMALL).page), b"")
+    rows, rank, steps = answer["client"]["num_samples"], answer["client"]["rank"], answer["steps"]
+    told = join.dry_run(one.folder, SMALL)
+    assert told == f"c1 takes part in recipe {digest}: {rows} rows, rank {rank}, {steps} steps a round."
+    refused, _ = one.handle(hello(load([*SMALL, "worker.steps=9999"]).page), b"")
+    assert join.dry_run(one.folder, [*SMALL, "worker.steps=9999"]) == f"c1 does not take part: {refused['refused']}"
+
+
+def test_without_flower_the_two_commands_say_what_to_install(monkeypatch, capsys):
+    from importlib.metadata import PackageNotFoundError
+
+    from fedllm.cli import main
+    from fedllm.fleets import flower
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(flower, "version", missing)
+    for words in (["serve", "x", "smoke"], ["join", "x"]):
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert "need Flower: pip install -c constraints.txt '.[flower]'" in error and error.count("\n") == 1
+    assert main(["ls", "methods"]) == 0
+
+
+def test_no_other_command_imports_flower():
+    """A user without it must be able to train."""
+    import subprocess
+
+    program = (
+        "import sys; import fedllm.cli, fedllm.train, fedllm.federation.declared; "
+        "print([name for name in sys.modules if name.split('.')[0] in ('flwr', 'starlette', 'uvicorn')])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=240)
+    assert done.stdout.strip() == "[]"

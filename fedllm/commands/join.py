@@ -7,6 +7,7 @@ import os
 import ssl
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from fedllm.federation.declared import OwnRows
 from fedllm.fleets.flower import keys, notes, policy
 from fedllm.fleets.flower.children import Child, said
 from fedllm.fleets.flower.gate import ASK, KEY_HEADER, free_port
-from fedllm.fleets.flower.node import BROKEN, Node, approve
+from fedllm.fleets.flower.node import BROKEN, Node, approve, approved
 from fedllm.fleets.flower.policy import Policy
 from fedllm.fleets.interrupt import once
 from fedllm.recipe import load as load_recipe
@@ -82,15 +83,17 @@ def dry_run(folder: Path, arguments: Sequence[str]) -> str:
     """What this node would answer to a recipe's hello; nothing is sent, no weight is loaded."""
     own = _policy(folder)
     page = notes.public_page(load_recipe(arguments).page)
-    node = Node(folder, own, lambda made: LocalSeat(made, own.client, own.dealt), say=lambda text: None)
+    asked = own if own.ask == "never" else replace(own, ask="always")
+    node = Node(folder, asked, lambda made: LocalSeat(made, own.client, own.dealt), say=lambda text: None, keep=False)
     answer, _ = node.handle({"do": "hello", "recipe": page, "versions": notes.versions()}, b"")
     digest = notes.recipe_digest(page)
     if "client" not in answer:
         return f"{own.client} does not take part: {answer.get('refused', answer.get('failed'))}"
     told = answer["client"]
+    waits = f" Its owner has to approve it first: fedllm join approve {folder} {digest}"
     return (
         f"{own.client} takes part in recipe {digest}: {told['num_samples']} rows, rank {told.get('rank', 0)}, "
-        f"{answer['steps']} steps a round."
+        f"{answer['steps']} steps a round.{'' if own.ask == 'always' or digest in approved(folder) else waits}"
     )
 
 
@@ -164,8 +167,6 @@ def _policy(folder: Path) -> Policy:
 
 
 def _with_path(own: Policy, place: str) -> Policy:
-    from dataclasses import replace
-
     return replace(own, data={**own.data, "path": place})
 
 

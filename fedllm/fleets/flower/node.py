@@ -61,12 +61,14 @@ class Node:
         policy: its owner's.
         take: makes its seat of a page that the policy allowed; raises FedError where the recipe is unsound.
         say: tells the operator.
+        keep: writes what hello brought to the disk.
     """
 
     folder: Path
     policy: Policy
     take: Callable[[Mapping[str, Any]], Seat]
     say: Callable[[str], None] = print
+    keep: bool = True
     _seats: dict[str, Seat] = field(default_factory=dict)
 
     @property
@@ -110,7 +112,8 @@ class Node:
         digest = notes.recipe_digest(page)
         seat = self._seat(digest, page)
         self._approved(digest)
-        self._pages.put(digest, json.dumps(page).encode())
+        if self.keep:
+            self._pages.put(digest, json.dumps(page).encode())
         told = dataclasses.replace(seat.client, num_samples=self._rows(seat.client.num_samples))
         self.say(f"hello: {self._in_words(page)}, {seat.client.num_samples} rows, rank {seat.client.rank}")
         return {
