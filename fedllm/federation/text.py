@@ -21,12 +21,14 @@ from fedllm.data.partition import IID, describe
 from fedllm.errors import FedError, Unreachable
 from fedllm.lowrank import LowRank, fill
 from fedllm.models import language
+from fedllm.privacy.guarantee import ExampleGuarantee, Guarantee
 from fedllm.recipe.checks import check_alone
 from fedllm.recipe.sections import Recipe
 from fedllm.sandbox.runner import require
 from fedllm.storage import files
 from fedllm.storage import peft_folder as adapters
 from fedllm.wire import serialization as ledger
+from fedllm.workers.dp_sgd import DPSGD
 from fedllm.workers.lora import target_shapes
 from fedllm.workers.scoring import device, measured
 from fedllm.workers.settings import SFT
@@ -347,7 +349,9 @@ class TextWorker:
         recipe = federation.recipe
         self.federation, self.tokenizer = federation, federation.tokenizer
         self.guarantee = recipe.guarantee(federation.clients)
-        self.sft = SFTWorker(recipe.worker, base, self.tokenizer, federation.rows, recipe.run.rounds, on_step)
+        self.sft = SFTWorker(
+            recipe.worker, base, self.tokenizer, federation.rows, recipe.run.rounds, on_step, _private(self.guarantee)
+        )
 
     def of(self, client: Client) -> ClientWorker:
         return self.guarantee.on_client(self.sft.of(client))
@@ -356,6 +360,14 @@ class TextWorker:
         """Held-out loss of the base model plus ``update``, and the task's scores of its generated answers."""
         with self.sft.serving(update) as model:
             return measured(model, self.federation)
+
+
+def _private(guarantee: Guarantee) -> DPSGD | None:
+    """How clients' steps are made private, where that is what the run guarantees."""
+    if not isinstance(guarantee, ExampleGuarantee):
+        return None
+    settings = guarantee.settings
+    return DPSGD(guarantee.noise_multiplier, settings.clip, guarantee.batch_size, seeded=settings.noise == "seeded")
 
 
 def _fits(recipe: Recipe) -> None:

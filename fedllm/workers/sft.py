@@ -12,7 +12,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fedllm.core import Client, ClientWorker, LocalResult, LocalTraining, Round, Tensors
 from fedllm.data.encoding import Encoded
+from fedllm.workers.dp_sgd import DPSGD
 from fedllm.workers.lora import FROZEN, TRAINED, LoRALayers
 from fedllm.workers.settings import SFT
 
@@ -63,6 +64,7 @@ class SFTWorker:
         rows: every client's encoded training rows, by client id.
         rounds: rounds of the run, for the schedule.
         on_step: called with the loss after every optimizer step.
+        private: makes every step private.
     """
 
     def __init__(
@@ -73,8 +75,9 @@ class SFTWorker:
         rows: Mapping[str, Sequence[Encoded]],
         rounds: int,
         on_step: Callable[[float | None], None] = lambda loss: None,
+        private: DPSGD | None = None,
     ) -> None:
-        self.settings, self.rounds = settings, rounds
+        self.settings, self.rounds, self.private = settings, rounds, private
         if processes() > 1:  # the Trainer then averages the adapters' gradients itself, and wraps no model in DDP
             setattr(base, "_is_distributed_loading_by_transformers", True)  # noqa: B010
         self.rows = {id: [{"input_ids": r.input_ids, "labels": r.labels} for r in of] for id, of in rows.items()}
@@ -92,6 +95,8 @@ class SFTWorker:
     def fit(self, client: Client, request: LocalTraining) -> LocalResult:
         """See ``SFTClient.fit``."""
         memory, nested, part, factors = request.memory, request.nested, request.part, request.factors
+        if self.private is not None:
+            self.private.check(request)
         started = time.perf_counter()
         whole = self.settings.steps_for(len(self.rows[client.id]))
         self.lora.load(TRAINED, request.weights)
@@ -105,7 +110,11 @@ class SFTWorker:
         trainer._total_train_tokens = 0
         trainer.loss = request.loss
         draws = ("local", client.id) if part[0] == 0.0 else ("local", client.id, part[0])
-        with _own_randomness(request.rnd.rng(*draws).initial_seed()), self.lora.nested(nested, factors) as inner:
+        private = (
+            nullcontext() if self.private is None else self.private.on(trainer, request.rnd.rng("rows", client.id))
+        )
+        randomness = _own_randomness(request.rnd.rng(*draws).initial_seed())
+        with randomness, self.lora.nested(nested, factors) as inner, private:
             trained = {n: p for n, p in inner.items() if p.requires_grad} or self.lora.parameters(factors)
             trainer.extra, trainer.drift = self._extra(request, trained), self._drift(request, factors)
             if self.settings.optimizer == "kept" and memory:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from trl import SFTTrainer
 
 from fedllm.core import Loss
+from fedllm.workers.dp_sgd import Steps, mean_over_rows
 
 
 class Trainer(SFTTrainer):
@@ -20,6 +21,18 @@ class Trainer(SFTTrainer):
     loss: Loss | None = None
     extra: Callable[[], Tensor] | None = None
     drift: Sequence[tuple[nn.Parameter, Tensor]] = ()
+    private: Steps | None = None
+
+    def get_train_dataloader(self) -> Any:
+        if self.private is None:
+            return super().get_train_dataloader()
+        return self.private.batches(self.train_dataset, self.args.max_steps, self.data_collator)
+
+    def create_optimizer(self, *args: Any, **options: Any) -> Any:
+        if self.optimizer is None:
+            made = super().create_optimizer(*args, **options)
+            self.optimizer = made if self.private is None else self.private.optimizer(made)
+        return self.optimizer
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -35,6 +48,10 @@ class Trainer(SFTTrainer):
         return (value[0] + share * self.extra(), value[1]) if return_outputs else value + share * self.extra()
 
     def _own_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Any) -> Any:
+        if self.private is not None:
+            self._total_train_tokens += int(inputs["attention_mask"].sum())
+            z = model(**{key: x for key, x in inputs.items() if key != "labels"}, use_cache=False).logits
+            return mean_over_rows(z, inputs["labels"])
         if self.loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"][:, 1:]
