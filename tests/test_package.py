@@ -85,6 +85,11 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def for_types(node: ast.AST) -> bool:
+    """Whether only a type checker reads this part."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
 def imported(source: str, package: str, known: Iterable[str], *, on_load: bool = False) -> set[str]:
     """Every module that a source names in an import; ``on_load``: outside functions only, where loading runs it.
 
@@ -94,7 +99,7 @@ def imported(source: str, package: str, known: Iterable[str], *, on_load: bool =
     rest: list[ast.AST] = [ast.parse(source)]
     while rest:
         node = rest.pop()
-        if not (on_load and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+        if not (on_load and (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or for_types(node))):
             rest.extend(ast.iter_child_nodes(node))
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
