@@ -219,6 +219,20 @@ def _numbers(ctx: click.Context, option: click.Parameter, text: str | None) -> l
 )
 @click.option("--rank", type=int, metavar="R", help="Best approximation of this rank; all of the result by default.")
 @click.option("--set", "constants", multiple=True, metavar="KEY=VALUE", help="A constant of the rule; may come again.")
+@click.option(
+    "--missing",
+    type=click.Choice(["refuse", "zero", "skip"]),
+    default="refuse",
+    show_default=True,
+    help="Modules that some adapters do not train: no update of theirs, or an average over the others.",
+)
+@click.option(
+    "--extras",
+    type=click.Choice(["refuse", "average", "drop"]),
+    default="refuse",
+    show_default=True,
+    help="Biases and modules that were trained whole.",
+)
 @click.option("--epsilon", hidden=True)
 @click.option("--temperature", hidden=True)
 @click.option("--overwrite", is_flag=True, help="Replace the adapter that is in --out.")

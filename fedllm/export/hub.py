@@ -22,10 +22,12 @@ from rich.text import Text
 
 from fedllm.core import Reply, Tensors
 from fedllm.errors import FedError
+from fedllm.export import adapter_folder
 from fedllm.export import merge as merging
 from fedllm.export import model_card as card
 from fedllm.export.merge import Merged
 from fedllm.export.secrets import refuse_keys, without_paths
+from fedllm.lowrank import as_lowrank
 from fedllm.models import language
 from fedllm.recipe import page as recipes
 from fedllm.recipe.sections import Hub, Recipe
@@ -60,13 +62,36 @@ def export(
 ) -> None:
     """Writes a finished run's adapters: the server's, and with ``hub.clients`` each client's own of the last round."""
     kind = recipe.worker.exported
-    federation.export(recipe.output / kind, recipe.algorithm.served(state))
+    federation.export(recipe.output / kind, of_rank(recipe.algorithm.served(state), recipe.hub.rank))
     if recipe.hub.clients:
         files.make_folder(recipe.output / f"{kind}_clients")
     for reply in replies if recipe.hub.clients else ():
         own = recipe.algorithm.personal(reply, memories.get(reply.client.id, {}))
         federation.export(recipe.output / f"{kind}_clients" / reply.client.id, own, reply.client)
     folder.write(recipe.output / "versions.json", json.dumps(card.versions(), indent=1))
+
+
+def of_rank(update: Tensors, rank: int | None) -> Tensors:
+    """Every update of a weight as its best approximation of at most this rank; all of it without one."""
+    if rank is None:
+        return update
+    return {name: W if name.startswith("shared/") else as_lowrank(W).truncate(rank) for name, W in update.items()}
+
+
+def rank_remark(recipe: Recipe) -> str:
+    """A sentence where the exported adapter's rank is far above what any client trained; else empty."""
+    place = recipe.output / "adapter" / adapters.CONFIG
+    trained = max(recipe.clients.rank) if isinstance(recipe.clients.rank, tuple | list) else recipe.clients.rank
+    if not place.is_file() or not isinstance(trained, int):
+        return ""
+    config = json.loads(place.read_text(encoding="utf-8"))
+    most = max([config["r"], *config["rank_pattern"].values()])
+    if most <= 2 * trained:
+        return ""
+    return (
+        f"the adapter's rank is up to {most}, the clients' at most {trained}: hub.rank={trained} exports its best "
+        "approximation of that rank, which is smaller and quicker to serve"
+    )
 
 
 def ready(recipe: Recipe) -> None:
@@ -81,6 +106,8 @@ def ready(recipe: Recipe) -> None:
 def publish(recipe: Recipe, console: Console) -> None:
     """What a run that has just ended is to end in: ``hub.merged``, ``hub.push``; what fails says how to try again."""
     out, settings = recipe.output, recipe.hub
+    if remark := rank_remark(recipe):
+        console.print(f"[dim]{remark}[/dim]", soft_wrap=True)
     if settings.merged:
         measured = merged_model(out, recipe, settings)
         console.print(f"[dim]merged model: {out / 'merged'} ({measured.dtype})[/dim]", soft_wrap=True)
@@ -103,8 +130,12 @@ def push_run(
     dtype: Any = None,
     license: str | None = None,
 ) -> None:
-    """``fedllm push RUN``; what is not said, but for the dry run, is taken from the run's own ``hub`` section."""
-    settings = _recipe_of(run).hub
+    """``fedllm push RUN``; what is not said, but for the dry run, is taken from the run's own ``hub`` section.
+
+    A folder that is no run's and holds an adapter is uploaded as it is, with a card.
+    """
+    alone = not (run / "recipe.yaml").is_file() and (adapters.inside(run) / adapters.CONFIG).is_file()
+    settings = Hub() if alone else _recipe_of(run).hub
     settings = dataclasses.replace(
         settings,
         repo=repo or settings.repo,
@@ -115,7 +146,32 @@ def push_run(
         dtype=dtype or settings.dtype,
         license=license or settings.license,
     )
-    push(run, settings, Console())
+    (push_adapter if alone else push)(run, settings, Console())
+
+
+def push_adapter(folder: Path, settings: Hub, console: Console) -> None:
+    """Uploads an adapter folder that no run made, or lists it with ``dry_run``.
+
+    Raises:
+        FedError: as ``push``, the folder is not a sound adapter, or a merged model or clients are asked for.
+    """
+    named(settings)
+    if settings.merged or settings.clients:
+        raise FedError(f"{folder} is an adapter and no run: --merged and --clients are of runs. `fedllm merge` merges.")
+    if not settings.dry_run:
+        check(settings)
+    place = adapters.inside(folder)
+    known = story.json_in(place / adapter_folder.RECORD)
+    record = {"rule": str(known.get("rule", "")), **known}
+    page = adapter_folder.card(place, record, settings.license)
+    parcel: Parcel = adapter_files(folder, place, "") | {"README.md": page.encode()}
+    if known:
+        parcel[adapter_folder.RECORD] = json.dumps(card.shareable(known), indent=1).encode()
+    _refuse_secrets(parcel)
+    parcel = dict(sorted(parcel.items()))
+    show(parcel, settings, console)
+    if not settings.dry_run:
+        console.print(f"uploaded: {upload(parcel, settings)}", soft_wrap=True)
 
 
 def push(run: Path, settings: Hub, console: Console) -> None:
@@ -219,14 +275,15 @@ def _merged_files(run: Path) -> Parcel:
 
 
 def adapter_files(run: Path, place: Path, prefix: str) -> Parcel:
-    """A PEFT folder's two files; a base model that is a folder of this machine is not named.
+    """A PEFT folder's two files and its tokenizer; a base model that is a folder of this machine is not named.
 
     Raises:
         FedError: one is a link, or they are no adapter.
     """
     for name in (adapters.CONFIG, adapters.WEIGHTS):
         files.check_own(run, place / name)
-    adapters.read(place)
+    adapters.read(place, extras=True)
+    beside = [name for name in adapters.TOKENIZER if os.path.lexists(place / name)]
     config = json.loads((place / adapters.CONFIG).read_text())
     name = config.get("base_model_name_or_path")
     if isinstance(name, str) and card.shareable(name) != name:
@@ -234,6 +291,7 @@ def adapter_files(run: Path, place: Path, prefix: str) -> Parcel:
     return {
         prefix + adapters.CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
         prefix + adapters.WEIGHTS: place / adapters.WEIGHTS,
+        **{prefix + name: files.check_own(run, place / name) for name in beside},
     }
 
 

@@ -213,9 +213,10 @@ def usage(story: Story, merged: bool, repo: str | None) -> str:
             f'tokenizer = AutoTokenizer.from_pretrained("{where}")\n```\n\nThe adapter alone is in `adapter/`.'
         )
     return (
-        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'base = AutoModelForCausalLM.from_pretrained("{hub_base(story) or "BASE_MODEL"}")\n'
-        f'model = PeftModel.from_pretrained(base, "{where}")\n```'
+        f'model = PeftModel.from_pretrained(base, "{where}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{where}")\n```'
     )
 
 

@@ -191,6 +191,8 @@ class TextFederation:
             return
         model = self.recipe.model if client is None else self.recipe.model.of(client)
         adapters.write(place, update, base_model=model.name, targets=self.settings.targets, overwrite=True)
+        with files.writing(place):
+            self.tokenizer.save_pretrained(place)
 
     def plan(self) -> dict[str, Any]:
         """Who trains what, what travels, and what a client's machine must hold; plain JSON values.

@@ -198,6 +198,8 @@ class Hub:
         clients: keep and upload each client's own adapter of the last round too.
         dtype: of the merged model; ``auto`` is the base model's.
         license: of what is uploaded; the base model's by default, where it is known.
+        rank: of the exported adapter, the best approximation of it; by default all of the result is kept, whose rank
+            can be the sum of the clients'.
     """
 
     push: bool = False
@@ -208,6 +210,7 @@ class Hub:
     clients: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     license: str | None = None
+    rank: Count | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import shutil
 import stat
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,15 @@ from fedllm.lowrank import LowRank, as_lowrank, fill
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
+)  # fmt: skip
+"""Files that ``save_pretrained`` of a tokenizer writes."""
+
+BESIDE = ("README.md", "aggregate.json", *TOKENIZER)
+"""All that may lie beside an adapter's two files where it is overwritten."""
 
 _MAX_CONFIG = 4 << 20  # bytes; a full name for each of 20 000 modules
 _MAX_HEADER = 16 << 20  # bytes; 100 000 tensors
@@ -74,6 +83,8 @@ class Adapter:
         targets: ``target_modules`` where they name exactly the modules in ``updates`` by their endings, else ``None``.
         rank: ``r`` of the config; single modules may differ through ``rank_pattern``.
         task_type: as in the config.
+        extras: tensors beside the factors, by their name in the model: biases, and modules that were trained whole.
+        modules_to_save, bias: as in the config; they name the extras.
     """
 
     updates: dict[str, LowRank]
@@ -81,9 +92,12 @@ class Adapter:
     targets: tuple[str, ...] | None
     rank: int
     task_type: str | None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    bias: str = "none"
 
 
-def read(folder: Path, *, max_bytes: int = 8 << 30) -> Adapter:
+def read(folder: Path, *, max_bytes: int = 8 << 30, extras: bool = False) -> Adapter:
     """The adapter in a PEFT folder.
 
     Memory: the tensors in float32 (at most twice the file), twice the largest of them while it is converted, and
@@ -91,6 +105,7 @@ def read(folder: Path, *, max_bytes: int = 8 << 30) -> Adapter:
 
     Args:
         max_bytes: the largest ``adapter_model.safetensors`` that is opened.
+        extras: read biases and wholly trained modules too; without it they are refused.
 
     Raises:
         FedError: where the folder is not a LoRA adapter that ``B A`` expresses, or is damaged; names the file.
@@ -99,8 +114,8 @@ def read(folder: Path, *, max_bytes: int = 8 << 30) -> Adapter:
     try:
         config_file = _file(folder, CONFIG, _MAX_CONFIG)
         weights_file = _file(folder, WEIGHTS, max_bytes)
-        config = _config(config_file)
-        updates = _updates(weights_file, config)
+        config = _config(config_file, extras)
+        updates, beside = _updates(weights_file, config, extras)
     except OSError as error:
         raise FedError(f"{folder} cannot be read: {error.strerror or error}.") from error
     return Adapter(
@@ -109,6 +124,9 @@ def read(folder: Path, *, max_bytes: int = 8 << 30) -> Adapter:
         targets=_targets(config, updates),
         rank=config["r"],
         task_type=config["task_type"],
+        extras=beside,
+        modules_to_save=config["modules_to_save"],
+        bias=config["bias"],
     )
 
 
@@ -121,6 +139,9 @@ def write(
     scale: float = 1.0,
     task_type: str | None = "CAUSAL_LM",
     overwrite: bool = False,
+    extras: Mapping[str, Tensor] | None = None,
+    modules_to_save: Sequence[str] = (),
+    bias: str = "none",
 ) -> None:
     """Writes ``updates`` as a folder that ``peft.PeftModel.from_pretrained`` loads: all of it, or nothing.
 
@@ -132,6 +153,7 @@ def write(
         targets: ``target_modules``; by default every module's full name, which is never wrong.
         scale: LoRA's scale in the written config, ``alpha = scale * r``; B is divided by it.
         overwrite: replace an adapter that is already in ``folder``. Anything else in there is never replaced.
+        extras, modules_to_save, bias: as in ``Adapter``.
 
     Raises:
         FedError: where there is nothing to write, a value is not finite, or ``folder`` is taken.
@@ -146,8 +168,13 @@ def write(
     for name, update in products.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = update.A.float().contiguous().clone()
         tensors[f"base_model.model.{name}.lora_B.weight"] = (update.B.float() / scale).contiguous()
+    for name, value in (extras or {}).items():
+        if not bool(torch.isfinite(value).all()):
+            raise FedError(f"{name} holds NaN or infinite values, so it was not written.")
+        tensors[_PREFIX + name] = value.float().contiguous().clone()
     ranks = {name: update.rank for name, update in products.items()}
     config = _lora_config(ranks, base_model, targets or sorted(ranks), scale, task_type)
+    config |= {"bias": bias, "modules_to_save": list(modules_to_save) or None}
     try:
         _place(folder, tensors, config, overwrite)
     except OSError as error:
@@ -167,7 +194,7 @@ def check_free(folder: Path, *, overwrite: bool = False) -> None:
         raise FedError(
             f"{folder} is not empty and was left as it is: give an empty or new folder, or ask to overwrite."
         )
-    foreign = sorted(entries - {CONFIG, WEIGHTS, "README.md"})
+    foreign = sorted(entries - {CONFIG, WEIGHTS, *BESIDE})
     if foreign or CONFIG not in entries:
         found = f"it holds {foreign[0]}" if foreign else f"there is no {CONFIG} in it"
         raise FedError(f"only a folder with nothing but an adapter is overwritten, and {folder} is not: {found}.")
@@ -218,7 +245,7 @@ def _missing(folder: Path, name: str) -> str:
     return f"{folder} has no {name}: give a folder that PEFT's save_pretrained wrote."
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _config(path: Path, extras: bool = False) -> dict[str, Any]:
     """The config, every key that is used checked for type and range, and refused where B A does not express it."""
     try:
         config = json.loads(path.read_bytes())
@@ -229,14 +256,17 @@ def _config(path: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         raise FedError(f"{path}: peft_type must be LORA, got {_short(config.get('peft_type'))}.")
     for key, value in config.items():
-        if key in _ANY_VALUE:
+        if key in _ANY_VALUE or (extras and key in ("bias", "modules_to_save")):
             continue
         if key in _ALLOWED:
             if any(value is allowed or (isinstance(value, str) and value == allowed) for allowed in _ALLOWED[key]):
                 continue
         elif value is None or value is False or value in ("", [], {}):
             continue
-        raise FedError(f"{path}: {_short(key)} = {_short(value)} is more than scale * B A, so it cannot be aggregated.")
+        how = " --extras average or drop says what becomes of it." if key in ("bias", "modules_to_save") else ""
+        raise FedError(
+            f"{path}: {_short(key)} = {_short(value)} is more than scale * B A, so it cannot be aggregated.{how}"
+        )
     checked: dict[str, Any] = {
         "r": _rank(path, "r", config.get("r")),
         "lora_alpha": _number(path, "lora_alpha", config.get("lora_alpha")),
@@ -247,13 +277,25 @@ def _config(path: Path) -> dict[str, Any]:
         "selects": any(config.get(k) for k in ("layers_to_transform", "layers_pattern", "exclude_modules")),
         "base_model_name_or_path": config.get("base_model_name_or_path"),
         "task_type": config.get("task_type"),
+        "bias": config.get("bias") or "none",
+        "modules_to_save": config.get("modules_to_save") or (),
     }
+    _check_extras(path, checked)
     if not isinstance(checked["use_rslora"], bool):
         raise FedError(f"{path}: use_rslora must be true or false, got {_short(checked['use_rslora'])}.")
     for key in ("base_model_name_or_path", "task_type"):
         if not isinstance(checked[key], str | None):
             raise FedError(f"{path}: {key} must be a string, got {_short(checked[key])}.")
     return checked
+
+
+def _check_extras(path: Path, checked: dict[str, Any]) -> None:
+    if checked["bias"] not in ("none", "all", "lora_only"):
+        raise FedError(f"{path}: bias must be none, all or lora_only, got {_short(checked['bias'])}.")
+    named = checked["modules_to_save"]
+    if not isinstance(named, list | tuple) or not all(isinstance(n, str) and _MODULE.fullmatch(n) for n in named):
+        raise FedError(f"{path}: modules_to_save must be a list of modules' names, got {_short(named)}.")
+    checked["modules_to_save"] = tuple(sorted(set(named)))
 
 
 def _short(value: object) -> str:
@@ -311,27 +353,56 @@ def _matched(table: Mapping[re.Pattern[str], Any], module: str, default: Any) ->
     return next((value for pattern, value in table.items() if pattern.match(module)), default)
 
 
-def _updates(path: Path, config: Mapping[str, Any]) -> dict[str, LowRank]:
-    """Every module's ``scale * B A``; shapes and dtypes are checked before the first tensor is read."""
+def _updates(
+    path: Path, config: Mapping[str, Any], extras: bool = False
+) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
+    """Every module's ``scale * B A`` and the tensors beside them; the header is checked before the first is read."""
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
     if header > _MAX_HEADER:
         raise FedError(f"{path} is damaged: its header claims {header} bytes, and at most {_MAX_HEADER} are read.")
     try:
         with safe_open(path, framework="pt", device="cpu") as tensors:  # checks shapes against the file's size
-            shapes, names = _shapes(path, tensors)
+            beside = [key for key in sorted(tensors.keys()) if extras and _is_extra(key, config)]
+            shapes, names = _shapes(path, tensors, beside)
             scales = _scales(path, shapes, config)
-            return {module: _product(path, tensors, module, names, scale) for module, scale in scales.items()}
+            products = {module: _product(path, tensors, module, names, scale) for module, scale in scales.items()}
+            return products, {key.removeprefix(_PREFIX): _extra(path, tensors, key) for key in beside}
     except SafetensorError as error:
         raise FedError(f"{path} is not a whole safetensors file: {_line(error)}.") from error
 
 
-def _shapes(path: Path, tensors: Any) -> tuple[dict[str, dict[str, tuple[int, ...]]], dict[tuple[str, str], str]]:
+def _is_extra(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether the config names this tensor: a bias, or a value of a module that was trained whole."""
+    module, _, kind = key.removeprefix(_PREFIX).rpartition(".")
+    if (
+        not key.startswith(_PREFIX)
+        or ".lora_" in key
+        or kind not in ("weight", "bias")
+        or not _MODULE.fullmatch(module)
+    ):
+        return False
+    whole = any(f".{module}.".find(f".{name}.") >= 0 for name in config["modules_to_save"])
+    return whole or (kind == "bias" and config["bias"] != "none")
+
+
+def _extra(path: Path, tensors: Any, key: str) -> Tensor:
+    if tensors.get_slice(key).get_dtype() not in _DTYPES:
+        raise FedError(f"{path}: {_short(key)} is not one of {', '.join(_DTYPES)}.")
+    value = tensors.get_tensor(key).to(torch.float32, copy=True)
+    if not bool(torch.isfinite(value).all()):
+        raise FedError(f"{path}: {key} holds NaN or infinite values: the training diverged, leave it out.")
+    return value
+
+
+def _shapes(
+    path: Path, tensors: Any, beside: Sequence[str] = ()
+) -> tuple[dict[str, dict[str, tuple[int, ...]]], dict[tuple[str, str], str]]:
     """``{module: {"A": shape, "B": shape}}`` and ``{(module, "A"): name in the file}``, from the header alone."""
     names = {}
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     adapters: set[str | None] = set()
-    for key in sorted(tensors.keys()):
+    for key in sorted(set(tensors.keys()) - set(beside)):
         match = _KEY.fullmatch(key)
         if match is None and not key.startswith(_PREFIX) and _KEY.fullmatch(_PREFIX + key):
             raise FedError(
