@@ -321,6 +321,8 @@ class Algorithm:
         at_most: why a plan's bytes are the most that can travel, where the values decide how much does.
         summed: all that it does with replies is add them up, so that one reply can stand for a noisy sum of them. A
             subclass does not inherit it: it has to be shown for each rule.
+        averages_factors: ``aggregate`` averages B and A each for itself, so that a product's factors must have the size
+            of the others', and not the product alone; the factors are those of ``trained``.
     """
 
     network: ClassVar[str] = ""
@@ -330,6 +332,7 @@ class Algorithm:
     plain_mean: ClassVar[bool] = False
     at_most: ClassVar[str] = ""
     summed: ClassVar[bool] = False
+    averages_factors: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -393,7 +396,7 @@ class Around(Algorithm):
     inner: Algorithm
 
     def __post_init__(self) -> None:
-        for name in ("network", "low_rank", "any_rank", "any_model", "at_most"):  # the rule's, not the class's
+        for name in ("network", "low_rank", "any_rank", "any_model", "at_most", "averages_factors"):  # the rule's own
             object.__setattr__(self, name, getattr(self.inner, name))
 
     def validate(self, clients: Sequence[Client]) -> None:

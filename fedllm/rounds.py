@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from fedllm.errors import FedError
 from fedllm.lowrank import LowRank
 from fedllm.privacy.guarantee import Guarantee
 from fedllm.server import telemetry
-from fedllm.server.admission import admit, suspects
+from fedllm.server.admission import admit, plain, suspects, unreadable, without_graph
 from fedllm.server.robust import Trust
 from fedllm.wire import serialization as ledger
 
@@ -131,7 +131,7 @@ def federate(
                         raise Interrupted(rnd, finished)
             except StopAsked as asked:
                 raise Interrupted(rnd, finished) from asked
-            return Played(rnd, jobs, finished, *_usable(algorithm, finished, policy))
+            return Played(rnd, jobs, finished, *_usable(algorithm, jobs, finished, policy))
 
         played = _played(
             play, [Round(index, seed, rounds=rounds, attempt=k) for k in range(policy.attempts)], policy, stop
@@ -142,7 +142,7 @@ def federate(
         record = _record(algorithm, state, good, kept)
         now = {id: client["digest"] for id, client in record["clients"].items()}
         record |= {
-            "suspect": suspects(good.replies, algorithm.expected, seen, now),
+            "suspect": suspects(good.replies, algorithm.expected, seen, now, averaged_factors(algorithm)),
             "robust": notes,
             "repeated": [attempt.refused for attempt in short],
             "bytes_wasted": _wasted(played),
@@ -194,19 +194,38 @@ def _played(
 
 
 def _usable(
-    algorithm: Algorithm, finished: Sequence[ClientResult], policy: Policy
+    algorithm: Algorithm, jobs: Sequence[Job], finished: Sequence[ClientResult], policy: Policy
 ) -> tuple[list[Reply], dict[str, str]]:
-    """The replies that may be averaged, and the others' ids with the reason."""
+    """The replies that may be averaged, and the others' ids with the reason.
+
+    Who a client is, how many rows and which rank it has and what it was sent, the server knows from its own job.
+    """
+    jobs_of = {job.client.id: job for job in jobs}
     refused = {done.client.id: done.reason for done, _ in finished if isinstance(done, Failed)}
     in_time = []
     for reply in [done for done, _ in finished if isinstance(done, Reply)]:
+        job = jobs_of.get(reply.client.id)
+        if job is None:
+            refused[str(reply.client.id)[:200]] = "Nobody of that id was sent anything in this round."
+            continue
+        reply = replace(reply, client=job.client, sent=job.sent, returned=without_graph(reply.returned))
+        if reason := unreadable(reply.metrics):
+            refused[reply.client.id] = reason
+            continue
         seconds = reply.metrics.get("seconds", 0.0)
         if policy.deadline is not None and seconds > policy.deadline:
             refused[reply.client.id] = f"It took {seconds:.1f} s, and the deadline is {policy.deadline:g} s."
         else:
             in_time.append(reply)
-    replies, unfit = admit(in_time, algorithm.expected, norm_bound=policy.norm_bound)
-    return replies, refused | unfit
+    replies, unfit = admit(
+        in_time, algorithm.expected, norm_bound=policy.norm_bound, factors=averaged_factors(algorithm)
+    )
+    return [plain(reply, algorithm.expected(reply)) for reply in replies], refused | unfit
+
+
+def averaged_factors(algorithm: Algorithm) -> Callable[[Reply], Tensors] | None:
+    """The products of a reply whose factors the rule averages one by one; ``None`` where it averages products."""
+    return algorithm.trained if algorithm.averages_factors else None
 
 
 def _wasted(played: Sequence[Played]) -> dict[str, int]:
@@ -216,7 +235,7 @@ def _wasted(played: Sequence[Played]) -> dict[str, int]:
         used = {reply.client.id for reply in attempt.replies} if attempt is played[-1] else set()
         bytes["down"] += sum(ledger.size(job.sent) for job in attempt.jobs if job.client.id not in used)
         back = [done for done, _ in attempt.finished if isinstance(done, Reply) and done.client.id not in used]
-        bytes["up"] += sum(ledger.size(reply.returned) for reply in back)
+        bytes["up"] += sum(ledger.size(reply.returned) for reply in back if ledger.can_travel(reply.returned))
     return bytes
 
 

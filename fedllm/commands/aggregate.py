@@ -164,7 +164,12 @@ def _average(
     algorithm.validate(clients)
     state = algorithm.init(Model(weights, {name: before[name] for name in modules if name in before}), clients)
     replies = [_reply(algorithm, state, client, adapter, modules) for client, adapter in members]
-    replies, refused = admit(replies, algorithm.expected)
+    replies, refused = admit(
+        replies,
+        algorithm.expected,
+        factors=algorithm.trained if algorithm.averages_factors else None,
+        sent_known=bool(before),
+    )
     for client, reason in refused.items():
         raise FedError(f"{client} cannot be aggregated. {reason}")
     shares = algorithm.shares(state, replies)

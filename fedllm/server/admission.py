@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from statistics import median_low
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedllm.core import Reply, Tensors, within
 from fedllm.lowrank import LowRank
+from fedllm.server.factors import FAR, beyond, factor_steps, grown
 
 COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -33,6 +37,8 @@ def admit(
     expected: Callable[[Reply], Tensors] = trained,
     *,
     norm_bound: float | None = None,
+    factors: Callable[[Reply], Tensors] | None = None,
+    sent_known: bool = True,
 ) -> tuple[list[Reply], dict[str, str]]:
     """The replies that may be averaged, in their order, and the others' client ids with the reason, a sentence each.
 
@@ -45,6 +51,9 @@ def admit(
         norm_bound: also refuse a reply whose ``|| returned - expected ||_F`` over the whole model is more than this
             many times the (low) median of the replies that passed. It takes more than half of them to move that median
             past the honest ones. ``None`` turns it off; so does a median of 0, which gives no unit to compare with.
+        factors: the products whose factors the rule averages one by one, of a reply; each factor is bounded then, by
+            what the cohort's did and by what was sent. ``None``: products are averaged, and any factors of one will do.
+        sent_known: whether what was sent is; without it the cohort alone bounds a factor.
     """
     copies = Counter(reply.client.id for reply in replies)
     refused: dict[str, str] = {}
@@ -54,10 +63,16 @@ def admit(
             refused[reply.client.id] = f"The id replied {copies[reply.client.id]} times in one round."
             continue
         reason = misfit(reply.returned, expected(reply))
+        if reason is None and factors is not None and sent_known and (why := grown(reply, factors, expected)):
+            reason = f"{why}: this rule averages factors, and one so large would replace all others."
         if reason is None:
             admitted.append(reply)
         else:
             refused[reply.client.id] = reason
+    if factors is not None and admitted:
+        for id, why in beyond(factor_steps(admitted, factors, expected), FAR).items():
+            refused[id] = f"{why}; this rule averages factors, and the bound is {FAR:g} times."
+        admitted = [reply for reply in admitted if reply.client.id not in refused]
     if norm_bound is None or not admitted:
         return admitted, refused
     norms = {reply.client.id: moved(reply.returned, expected(reply)) for reply in admitted}
@@ -73,13 +88,18 @@ def admit(
 
 
 def suspects(
-    replies: Sequence[Reply], expected: Callable[[Reply], Tensors], before: Mapping[str, str], now: Mapping[str, str]
+    replies: Sequence[Reply],
+    expected: Callable[[Reply], Tensors],
+    before: Mapping[str, str],
+    now: Mapping[str, str],
+    factors: Callable[[Reply], Tensors] | None = None,
 ) -> dict[str, str]:
     """Of admitted replies, those that a person should look at, by client id, a sentence each. Nothing else is done.
 
     Args:
         before: digest of what each client returned the last time, by its id.
         now: digest of what it returned this time.
+        factors: as in ``admit``.
     """
     replies = [reply for reply in replies if reply.returned]  # some rules send nothing
     if not replies:
@@ -87,6 +107,8 @@ def suspects(
     norms = {reply.client.id: _distance(reply.returned, expected(reply)) for reply in replies}
     middle = median_low(norms.values())
     found = {}
+    if factors is not None:
+        found = {id: f"{why}." for id, why in beyond(factor_steps(replies, factors, expected), UNUSUAL).items()}
     for id, norm in norms.items():
         if norm == 0:
             found[id] = "It returned what it was sent: it has not trained."
@@ -133,8 +155,72 @@ def moved(returned: Tensors, sent: Tensors) -> float:
     return math.sqrt(squares)
 
 
-def misfit(returned: Tensors, expected: Tensors) -> str | None:
+KNOWN = frozenset({"train_loss", "personal_loss", "steps", "tokens", "seconds", "flops"})
+"""What a client may tell of its training, beside ``own_...``: scores of its own model."""
+
+COUNTED = ("steps", "tokens", "seconds", "flops")
+
+
+def told(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics under known names. What the server knows by itself, such as rank and rows, is not among them."""
+    return {name: value for name, value in metrics.items() if name in KNOWN or _OWN.fullmatch(name)}
+
+
+_OWN = re.compile(r"own_[A-Za-z0-9_]{1,60}")
+
+
+def unreadable(metrics: object) -> str | None:
+    """Why what a client told of its training cannot be written down, or ``None``."""
+    if not isinstance(metrics, Mapping):
+        return f"Its metrics are a {type(metrics).__name__}, and numbers by name were expected."
+    for name, value in metrics.items():
+        if not isinstance(name, str):
+            return f"One of its metrics has a {type(name).__name__} for a name, and text was expected."
+        if type(value) not in (int, float):
+            return f"Its metric {name[:60]} is a {type(value).__name__}, and a number was expected."
+        if not -LARGEST <= value <= LARGEST:
+            return f"Its metric {name[:60]} is not finite, or so large that no sum would be."
+        if value < 0 and name in COUNTED:
+            return f"Its metric {name[:60]} is below 0."
+    return None
+
+
+def without_graph(returned: Tensors) -> Tensors:
+    """The same values, of which none carries how it was computed; what is no tensors by name stays as it is."""
+    if not isinstance(returned, Mapping):
+        return returned
+    return {name: _without_graph(value) for name, value in returned.items()}
+
+
+def _without_graph(value: Any) -> Any:
+    if isinstance(value, LowRank):
+        graph = value.B.requires_grad or value.A.requires_grad
+        return LowRank(value.B.detach(), value.A.detach()) if graph else value
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def plain(reply: Reply, expected: Tensors) -> Reply:
+    """An admitted reply, no wider than what was expected: the state keeps its dtype."""
+    returned = {name: _plain(value, expected[name]) for name, value in reply.returned.items()}
+    return replace(reply, returned=returned, metrics=told(reply.metrics))
+
+
+def _plain(value: Tensor | LowRank, wanted: Tensor | LowRank) -> Tensor | LowRank:
+    if isinstance(value, LowRank) and isinstance(wanted, LowRank):
+        B, A = _narrow(value.B, wanted.B), _narrow(value.A, wanted.A)
+        return value if B is value.B and A is value.A else LowRank(B, A)
+    assert isinstance(value, Tensor) and isinstance(wanted, Tensor)  # admission compared the kinds
+    return _narrow(value, wanted)
+
+
+def _narrow(value: Tensor, wanted: Tensor) -> Tensor:
+    return value.to(wanted.dtype) if value.is_floating_point() and value.itemsize > wanted.itemsize else value
+
+
+def misfit(returned: object, expected: Tensors) -> str | None:
     """Why this is not what was expected, or ``None``."""
+    if not isinstance(returned, Mapping):
+        return f"It returned a {type(returned).__name__}, and tensors by name were expected."
     missing = [name for name in expected if name not in returned]
     if missing:
         return f"{_some(missing)} missing from what was returned."

@@ -97,7 +97,8 @@ def probes(width: int) -> Tensor:
 def sketch(M: LowRank | Tensor, X: Tensor) -> Tensor:
     """``M X``: ``(d_out, m)``, in float32 or better."""
     if isinstance(M, LowRank):
-        return _compute(M.B) @ (_compute(M.A) @ X.to(M.A.device, _compute(M.A[:0]).dtype))
+        dtype = torch.promote_types(_compute(M.B[:0]).dtype, _compute(M.A[:0]).dtype)
+        return M.B.to(dtype) @ (M.A.to(dtype) @ X.to(M.A.device, dtype))
     return _compute(M) @ X.to(M.device, _compute(M[:0]).dtype)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -63,6 +64,19 @@ def digest(tensors: Tensors) -> str:
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         state.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
+
+
+def can_travel(tensors: object) -> bool:
+    """Whether a file could hold them: tensors by name, dense, of a dtype that safetensors has."""
+    if not isinstance(tensors, Mapping):
+        return False
+    parts = [
+        part for value in tensors.values() for part in ((value.B, value.A) if isinstance(value, LowRank) else (value,))
+    ]
+    return all(
+        isinstance(part, Tensor) and part.dtype in _NAMES and part.layout == torch.strided and not part.is_meta
+        for part in parts
+    )
 
 
 def size(tensors: Tensors) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -24,6 +24,8 @@ class FedPLoRA(Algorithm):
 
     State: ``adapter/name``, the B and A of rank R, and R itself, ``r``.
     """
+
+    averages_factors: ClassVar[bool] = True
 
     def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
         start = model.adapters(max(client.rank for client in clients))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from fedllm.algorithms.lora.fedit import of_one_rank, started
 from fedllm.config.types import SomeShare
@@ -29,6 +29,8 @@ class FedALT(Algorithm):
     """
 
     mix: SomeShare = 0.5
+
+    averages_factors: ClassVar[bool] = True
 
     def validate(self, clients: Sequence[Client]) -> None:
         of_one_rank(clients, "zero_padding, rbla, flexlora, raflora, flora or fedhl")

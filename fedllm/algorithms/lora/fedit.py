@@ -21,6 +21,7 @@ class FedIT(Algorithm):
 
     summed: ClassVar[bool] = True
     plain_mean: ClassVar[bool] = True
+    averages_factors: ClassVar[bool] = True
 
     def validate(self, clients: Sequence[Client]) -> None:
         of_one_rank(clients, "zero_padding, flexlora, flora or fedhl")

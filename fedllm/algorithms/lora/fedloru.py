@@ -59,6 +59,7 @@ class FedLoRU(Algorithm):
     network: ClassVar[str] = "plain"
     low_rank: ClassVar[bool] = True
     summed: ClassVar[bool] = True
+    averages_factors: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.tau < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedllm.algorithms.lora.fedex_lora import Residual
 from fedllm.config.types import SomeShare
@@ -21,6 +22,8 @@ class FedMomentum(Residual):
     """
 
     energy: SomeShare = 0.9999
+
+    averages_factors: ClassVar[bool] = False  # of the products alone
 
     def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:
         returned, _, metrics = super().local(worker, sent, {}, rnd)  # old moments are of other coordinates
