@@ -185,7 +185,7 @@ def unreadable(metrics: object) -> str | None:
     return None
 
 
-def without_graph(returned: Tensors) -> Tensors:
+def without_graph(returned: Any) -> Any:
     """The same values, of which none carries how it was computed; what is no tensors by name stays as it is."""
     if not isinstance(returned, Mapping):
         return returned
