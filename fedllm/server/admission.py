@@ -124,8 +124,9 @@ def suspects(
 
 
 def _is_zero(value: Tensor | LowRank) -> bool:
-    """Also where it is a product of factors of which one is not zero."""
-    return not bool(torch.count_nonzero(value.B if isinstance(value, LowRank) else value))
+    """Also where it is a product of factors of which one is not zero, and where its values are below any normal."""
+    values = value.B if isinstance(value, LowRank) else value
+    return not bool((values.abs() >= torch.finfo(torch.float32).tiny).any())
 
 
 def _distance(returned: Tensors, sent: Tensors) -> float:
