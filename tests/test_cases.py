@@ -92,7 +92,7 @@ RIGHT: dict[str, list[Case]] = {
         Case("evaluate model=pico task=humaneval data.path=HERE/test.jsonl allow_code_execution=true "
              "max_new_tokens=8 output=OUT", 0, metric=("pass_at_1", 0.0)),
     ],
-    "json-rows-under-a-key": [Case(ALPACA, 2, "'data' holds 12 rows")],
+    "json-rows-under-a-key": [Case(ALPACA, 0, r"12 (training )?rows|12 of 12|trained on 12|rows +12")],
     "jsonl-lines-end-in-commas": [Case(ALPACA, 2, "comma")],
     "rouge-chinese": [
         Case("evaluate HERE/model task=dolly data.path=HERE/rows max_new_tokens=80 output=OUT", 0,
@@ -101,7 +101,7 @@ RIGHT: dict[str, list[Case]] = {
     "row-number-after-held-out": [
         Case("plan recipe=smoke data.name=dolly data.held_out=8 data.path=HERE", 2, r"row 21\b")
     ],
-    "rows-with-half-a-surrogate": [Case(ALPACA, 2, "row 4")],
+    "rows-with-half-a-surrogate": [Case(ALPACA, 2, "line 4: .*half a character")],
     "tokenizer-larger-than-embedding": [
         Case("evaluate HERE/model task=word_problems data.test_rows=4 max_new_tokens=4 output=OUT", 2, "up to 259"),
         Case("plan recipe=smoke model.name=HERE/model", 2, "up to 259"),
@@ -188,7 +188,7 @@ def test_a_line_of_100_mb_and_what_is_no_file(what: str, tmp_path: Path) -> None
         file.write_text(row)
         del row
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(FedError, match=r"no regular file|characters|neither"):
+    with pytest.raises(FedError, match=r"no regular file|no row is that long|neither"):
         local(str(tmp_path))["train"]()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 700 * 1024  # kB
 
@@ -196,9 +196,8 @@ def test_a_line_of_100_mb_and_what_is_no_file(what: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"a": "x"},\n{"a": "y"}\n', "line 1: it ends in a comma"),
-        ('{\n "data": [{"a": "x"}, {"a": "y"}]\n}\n', "one JSON object, in which 'data' holds 2 rows"),
-        ('{"a": "x"}\n{"a": "\\ud83d"}\n', "row 2: it holds half a surrogate pair"),
+        ('{"a": "x"},\n{"a": "y"}\n', "line 1: the line ends in a comma"),
+        ('{"a": "x"}\n{"a": "\\ud83d"}\n', "half a character (a lone surrogate)"),
         ('{"a": "x"}\n[1]\n', "row 2: a row is a JSON object"),
     ],
 )

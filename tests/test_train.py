@@ -197,7 +197,8 @@ def test_overwriting_removes_a_run_s_own_files_and_no_others(tmp_path):
     for name in (folder.MARK, "recipe.yaml", "rounds.jsonl", "mine.txt"):
         (tmp_path / name).write_text("old")
     folder.prepare(tmp_path, "new", {}, overwrite=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["eval", "mine.txt", folder.MARK, "recipe.yaml"]
+    made = ["eval", "mine.txt", folder.MARK, "plots", "recipe.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == made
     assert (tmp_path / "recipe.yaml").read_text() == "new"
 
 

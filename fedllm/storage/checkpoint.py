@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from fedllm.core import Client, ClientResult, Failed, Reply, Round, Tensors
 from fedllm.errors import FedError
+from fedllm.lowrank import LowRank
 from fedllm.storage import files
 from fedllm.wire.messages import pack, unpack
 from fedllm.wire.serialization import flatten, unflatten
@@ -175,14 +177,19 @@ def check_state(checkpoint: Checkpoint, first: Tensors, where: Path) -> None:
     Raises:
         FedError: a tensor of the model is missing, or has another dtype.
     """
-    there, wanted = flatten(checkpoint.state), flatten(first)
-    wrong = next((n for n, tensor in wanted.items() if n not in there or there[n].dtype != tensor.dtype), None)
-    if wrong is not None:
-        found = f"is {there[wrong].dtype}" if wrong in there else "is missing"
-        raise FedError(
-            f"the checkpoint of round {checkpoint.index} in {where} is not of this model: {wrong} {found}, and "
-            f"{wanted[wrong].dtype} is needed. Start anew with run.overwrite=true."
-        )
+    kinds = {name: _dtype(value) for name, value in checkpoint.state.items()}
+    for name, value in first.items():
+        if kinds.get(name) != _dtype(value):
+            found = f"is {kinds[name]}" if name in kinds else "is missing"
+            raise FedError(
+                f"the checkpoint of round {checkpoint.index} in {where} is not of this model: {name} {found}, and "
+                f"{_dtype(value)} is needed. Start anew with run.overwrite=true."
+            )
+
+
+def _dtype(value: Tensor | LowRank) -> torch.dtype:
+    """Of a product, that of its factors: a rule may hold one as a dense matrix once that is smaller."""
+    return value.B.dtype if isinstance(value, LowRank) else value.dtype
 
 
 def _owned(flat: dict[str, Tensor]) -> dict[str, Tensor]:
