@@ -99,11 +99,13 @@ Every rule is one file: a frozen dataclass whose fields are the paper's constant
 
 def method(name: str, line: str, kind: Class) -> str:
     own = f"File: `{kind.module.replace('.', '/')}.py`"
+    differs = code(kind.text("differs"))
     return "\n\n".join(
         part
         for part in (
             f"## `{name}` {{#{name}}}",
             f"{line}. {own}",
+            f"Differs from the paper in: {differs}." if differs else "",
             key_table("algorithm", source.keys(kind)),
             f"::: {kind.module}.{kind.node.name}\n    options: {{heading_level: 3, show_bases: false, members: false}}",
         )

@@ -319,6 +319,7 @@ class Algorithm:
         plain_mean: ``aggregate`` is the entrywise mean of what returns, in the coordinates of what was sent, so that
             steps entry by entry can go around it. A subclass does not inherit it.
         at_most: why a plan's bytes are the most that can travel, where the values decide how much does.
+        differs: from its paper in what, beyond the worker and the data. Not inherited either.
         summed: all that it does with replies is add them up, so that one reply can stand for a noisy sum of them. A
             subclass does not inherit it: it has to be shown for each rule.
         averages_factors: ``aggregate`` averages B and A each for itself, so that a product's factors must have the size
@@ -331,14 +332,15 @@ class Algorithm:
     any_model: ClassVar[bool] = False
     plain_mean: ClassVar[bool] = False
     at_most: ClassVar[str] = ""
+    differs: ClassVar[str] = ""
     summed: ClassVar[bool] = False
     averages_factors: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        for name in ("summed", "plain_mean"):
+        for name, value in (("summed", False), ("plain_mean", False), ("differs", "")):
             if name not in cls.__dict__:
-                setattr(cls, name, False)
+                setattr(cls, name, value)
 
     def validate(self, clients: Sequence[Client]) -> None:
         """Raises FedError where these clients cannot take part in this algorithm; called before anything is loaded."""

@@ -14,7 +14,10 @@ from fedllm.config.pages import pages as all_pages
 def table() -> str:
     """Markdown, a row a rule, in the order of ``ALGORITHMS``. Paper and idea are the first line of the module."""
     recipes = _recipes()
-    lines = ["| `algorithm.name` | paper | what it does | file | recipes |", "|---|---|---|---|---|"]
+    lines = [
+        "| `algorithm.name` | paper | what it does | differs from the paper in | file | recipes |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, rule in ALGORITHMS.items():
         module = sys.modules[rule.__module__]
         file = f"{module.__name__.replace('.', '/')}.py"
@@ -23,7 +26,8 @@ def table() -> str:
             idea = _first_sentence(rule)
         pages = ", ".join(f"`{page}`" for page in recipes.get(name, [])) or "by override"
         does = idea.rstrip(".").replace("``", "`")
-        lines.append(f"| `{name}` | {paper} | {does} | [{file.split('/')[-1]}]({file}) | {pages} |")
+        differs = rule.differs.replace("|", "\\|")
+        lines.append(f"| `{name}` | {paper} | {does} | {differs} | [{file.split('/')[-1]}]({file}) | {pages} |")
     return "\n".join(lines)
 
 

@@ -68,6 +68,13 @@ class Class:
             if isinstance(found, Class):
                 yield found
 
+    def text(self, name: str) -> str:
+        """The text that its own body sets a class attribute to; empty without any."""
+        for statement in self.node.body:
+            if isinstance(statement, ast.AnnAssign) and ast.unparse(statement.target) == name and statement.value:
+                return str(ast.literal_eval(statement.value))
+        return ""
+
     def attribute(self, name: str) -> Class:
         """The class that a class attribute is set to, its own or inherited."""
         for statement in self.node.body:

@@ -26,6 +26,7 @@ class FedPLoRA(Algorithm):
     """
 
     averages_factors: ClassVar[bool] = True
+    differs: ClassVar[str] = "weights n_i, not equal ones; one draw a client and round for all modules"
 
     def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
         start = model.adapters(max(client.rank for client in clients))

@@ -26,6 +26,7 @@ class FedSB(FedIT):
     State: ``R/name``, ``shape/name``, the ``seed``, and ``frozen/name``, what the run goes on from.
     """
 
+    differs: ClassVar[str] = "a random basis and R = 0 at the start; RAVAN's heads and scalars are left out"
     plain_mean: ClassVar[bool] = True
 
     def validate(self, clients: Sequence[Client]) -> None:

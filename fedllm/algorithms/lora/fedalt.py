@@ -28,6 +28,8 @@ class FedALT(Algorithm):
             ablation. 1 is training alone.
     """
 
+    differs: ClassVar[str] = "a fixed mix, the paper's ablation, in place of a learned one"
+
     mix: SomeShare = 0.5
 
     averages_factors: ClassVar[bool] = True

@@ -25,6 +25,7 @@ class FedDPA(FedIT):
             own rows when it answers; here the weight is fixed.
     """
 
+    differs: ClassVar[str] = "a fixed mix; the paper's depends on the question"
     plain_mean: ClassVar[bool] = True
 
     mix: Share = 0.5

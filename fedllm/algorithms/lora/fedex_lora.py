@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from fedllm.algorithms.lora.fedit import FedIT, started
 from fedllm.config.types import Whole
@@ -61,6 +61,8 @@ class FedExLoRA(Residual):
     Args:
         residual_rank: adds the best approximation of this rank alone, for fewer bytes; an option of ours.
     """
+
+    differs: ClassVar[str] = "weights n_i / n, not 1 / K; the residual stays in float32 beside the base"
 
     residual_rank: Whole | None = None
 

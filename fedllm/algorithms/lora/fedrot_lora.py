@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class FedRotLoRA(FedIT):
         amount: lambda of the paper, which finds 0.4 to 0.6 best; 0 is FedIT. The authors' code defaults to 1 with
             reflections allowed.
     """
+
+    differs: ClassVar[str] = "lambda 0.5 and rotations alone; the released code allows reflections"
 
     amount: Share = 0.5
 

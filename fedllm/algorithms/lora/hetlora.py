@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class HetLoRA(ZeroPadding):
         gamma: the share of a rank that is no tail; 1 never prunes. Not the paper's value, which we have not read.
         regularization: lambda of the tail's term. Likewise.
     """
+
+    differs: ClassVar[str] = "gamma and lambda, which are not the paper's"
 
     weights: Literal["fedavg", "norm"] = "norm"
     gamma: SomeShare = 0.99

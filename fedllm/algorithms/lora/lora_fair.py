@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -26,6 +27,10 @@ class LoRAFAIR(FedIT):
         steps: of gradient descent; 0 is FedIT. Not stated in the paper.
         learning_rate: of gradient descent.
     """
+
+    differs: ClassVar[str] = (
+        "1 - cos and the square of |D|, as its re-implementations read it; steps and their length are not stated"
+    )
 
     regularization: NonNegative = 0.01
     steps: Whole = 1000

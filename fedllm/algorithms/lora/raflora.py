@@ -19,6 +19,8 @@ class RaFLoRA(FlexLoRA):
     Findings 2026) has the same weights. Where nobody of the cohort holds direction j, that of ``W^(r_max)`` stays.
     """
 
+    differs: ClassVar[str] = "all of W is served, not its best approximation"
+
     any_rank: ClassVar[bool] = False  # a column's place says who shares it
 
     def averaged(self, updates: Sequence[LowRank], weights: Sequence[float], top: LowRank) -> LowRank:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -18,6 +19,8 @@ class RBLA(LeadingColumns):
 
     Where nobody of the cohort holds column j, it stays as it was.
     """
+
+    differs: ClassVar[str] = "a column that nobody of the cohort holds stays as it was"
 
     def aggregate(self, state: Tensors, replies: Sequence[Reply], rnd: Round) -> Tensors:
         p = self.shares(state, replies)
