@@ -324,6 +324,8 @@ class Algorithm:
             subclass does not inherit it: it has to be shown for each rule.
         averages_factors: ``aggregate`` averages B and A each for itself, so that a product's factors must have the size
             of the others', and not the product alone; the factors are those of ``trained``.
+        own_entries: why one client's update has no entries in common with another's, so that nothing can compare them
+            entry by entry; empty where it has them, as far as the clients hold the same parts of the model.
     """
 
     network: ClassVar[str] = ""
@@ -335,6 +337,7 @@ class Algorithm:
     differs: ClassVar[str] = ""
     summed: ClassVar[bool] = False
     averages_factors: ClassVar[bool] = False
+    own_entries: ClassVar[str] = ""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -398,7 +401,8 @@ class Around(Algorithm):
     inner: Algorithm
 
     def __post_init__(self) -> None:
-        for name in ("network", "low_rank", "any_rank", "any_model", "at_most", "averages_factors"):  # the rule's own
+        own = ("network", "low_rank", "any_rank", "any_model", "at_most", "averages_factors", "own_entries")
+        for name in own:  # the rule's
             object.__setattr__(self, name, getattr(self.inner, name))
 
     def validate(self, clients: Sequence[Client]) -> None:

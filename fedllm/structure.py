@@ -38,6 +38,7 @@ class Anatomy:
         whole: numbered layers that are never factorised.
         blocks: module names by block; a model of depth b holds blocks 0 to b (block 0: the stem and whatever all hold).
         heads: modules whose output is logits, by the depth of their block.
+        beside: other module -> the numbered layer that it goes with, where it does not stand right behind it.
     """
 
     groups: Mapping[str, int] = field(default_factory=dict)
@@ -46,6 +47,7 @@ class Anatomy:
     whole: tuple[str, ...] = ()
     blocks: tuple[tuple[str, ...], ...] = ()
     heads: tuple[str, ...] = ()
+    beside: Mapping[str, str] = field(default_factory=dict)
 
     def factorable(self, rho: int) -> tuple[str, ...]:
         """The numbered layers after the first ``rho`` that may be factorised (FedLMT, Def. 3.1)."""
@@ -58,11 +60,12 @@ class Anatomy:
 
         Args:
             names: weight names in the model's own order: one without a number (a norm, a shortcut) goes with the
-                numbered layer before it.
+                numbered layer before it, or with the one that it stands ``beside``.
         """
         number, of = 0, {}
         for name in names:
-            own = [i for i, layer in enumerate(self.layers, start=1) if _inside(name, layer)]
+            near = next((layer for module, layer in self.beside.items() if _inside(name, module)), None)
+            own = [i for i, layer in enumerate(self.layers, start=1) if layer == near or _inside(name, layer)]
             number = own[0] if own else number
             of[name] = number
         return of

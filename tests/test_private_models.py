@@ -32,6 +32,7 @@ from fedllm.models.flops import sizes
 from fedllm.models.network import Network
 from fedllm.recipe import page as recipe
 from fedllm.server.admission import admit, suspects
+from fedllm.server.robust import Clip, Krum, Median, TrimmedMean
 from fedllm.structure import Features
 from fedllm.tasks.images import Prototypes
 from fedllm.wire import serialization as ledger
@@ -505,3 +506,26 @@ def test_the_recipe_runs_and_resumes_to_the_bit(form: list[str], tmp_path: Path)
     }
     assert last["eval"] == again["eval"] and 0 <= last["eval"]["own_accuracy"] <= 1
     assert not last["refused"] and len(last["clients"]) == 5
+
+
+@EVERY
+def test_every_guard_works_or_is_refused_before_anybody_trains(rule: Algorithm) -> None:
+    states, _, _, replies = played(rule, [[0, 1, 2, 3]])
+    model, members = bench()[0].model, [reply.client for reply in replies]
+    for guard in (Clip(0.5), Krum(), Median(), TrimmedMean(0.25)):
+        try:
+            guard.check(rule, model, members, len(members))
+        except FedError as refusal:
+            assert guard.entrywise and rule.own_entries in str(refusal)
+            continue
+        assert not (guard.entrywise and rule.own_entries)
+        kept, _ = guard.guard(rule, replies)
+        assert kept and not admit(kept, rule.expected)[1]
+        after = ledger.flatten(rule.aggregate(states[0], kept, Round(1, seed=3, rounds=3)))
+        assert all(bool(torch.isfinite(W).all()) for W in after.values() if W.is_floating_point())
+
+
+def test_constants_that_fedkd_has_not_are_no_keys_of_its_recipe() -> None:
+    for key in ("a", "b"):
+        with pytest.raises(FedError, match=f"algorithm.{key}"):
+            recipe.load(["recipe=vision_smoke", "algorithm.name=fedkd", f"algorithm.{key}=0.3"])

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from fedllm.algorithms import ALGORITHMS
+from fedllm.algorithms import ALGORITHMS, LOW_RANK
 from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors
 from fedllm.errors import FedError
 from fedllm.lowrank import LowRank
-from fedllm.server.admission import moved
+from fedllm.server.admission import admit, moved
 from fedllm.server.robust import ROBUST, Clip, Krum, Median, TrimmedMean, Trust
 
 RULES = {
@@ -188,3 +188,60 @@ def test_breakdown_points(rule: str) -> None:
 
 def test_the_table() -> None:
     assert set(ROBUST) == {"none", "clip", "krum", "median", "trimmed_mean"}
+
+
+def stepped(value: Any, seed: int) -> Any:
+    """The value, each of its factors moved a little."""
+    if isinstance(value, LowRank):
+        return LowRank(stepped(value.B, seed), stepped(value.A, seed + 1))
+    return value + 0.01 * randn(*value.shape, seed=seed) if value.is_floating_point() else value
+
+
+@pytest.mark.parametrize("name", LOW_RANK)
+@pytest.mark.parametrize("ranks", [[2, 4, 2, 3, 4], [4, 4, 4, 4, 4]], ids=["mixed", "alike"])
+def test_every_rule_on_adapters_works_with_every_guard_or_is_refused_before_training(
+    name: str, ranks: list[int]
+) -> None:
+    """Mixed ranks too, where the rule takes them: mFedLoRU's clients return products and matrices of one factor."""
+    rule = LOW_RANK[name]()
+    clients = [Client(f"c{i}", 10, rank) for i, rank in enumerate(ranks)]
+    try:
+        rule.validate(clients)
+    except FedError:
+        pytest.skip("the rule takes one rank alone")
+    state, _ = start(rule, ranks)
+    model = Model({name: torch.empty(shape, device="meta") for name, shape in SHAPES.items()})
+    replies = []
+    for i, client in enumerate(clients):
+        sent = rule.download(state, client, RND)
+        returned = rule.expected(Reply(client, sent, {}))
+        replies.append(Reply(client, sent, {key: stepped(value, 10 * i) for key, value in returned.items()}))
+    for guard in (Clip(0.5), Krum(), Krum(keep=2), Median(), TrimmedMean(0.25)):
+        try:
+            guard.check(rule, model, clients, len(clients))
+        except FedError as refusal:
+            assert name == "fedalt" and guard.entrywise and "stays its own" in str(refusal)
+            continue
+        kept, _ = guard.guard(rule, replies)
+        assert kept and (rule.any_rank or not admit(kept, rule.expected)[1])
+        after = served(rule, state, kept)
+        assert all(bool(torch.isfinite(W).all()) for W in after.values())
+
+
+def test_median_of_matrices_and_products_in_one_place_by_hand() -> None:
+    """mFedLoRU: two clients return B as B_d B_u, one as it is; entries 1, 2 and 9 have the median 2 for all three."""
+    rule = ALGORITHMS["mfedloru"]()
+    ones = torch.ones(4, 1)
+    product = lambda x: LowRank(ones * x, torch.ones(1, 6))  # noqa: E731
+    base = {"adapter/q": LowRank(torch.zeros(4, 6), torch.ones(6, 40)), "rank": torch.tensor(1)}
+
+    def reply(id: str, B: Any, rank: int) -> Reply:
+        A = torch.ones(6, 40) if rank == 6 else LowRank(torch.zeros(6, 1), torch.zeros(1, 40))
+        return Reply(Client(id, 1, rank), base | {"rank": torch.tensor(rank)}, {"B/q": B, "A/q": A})
+
+    replies = [reply("a", product(1.0), 1), reply("b", product(2.0), 1), reply("c", torch.full((4, 6), 9.0), 6)]
+    kept, _ = Median().guard(rule, replies)
+    for each in kept:
+        M = rule.trained(each)["q"]
+        torch.testing.assert_close(M.B, torch.full((4, 6), 2.0))
+        torch.testing.assert_close(M.A, torch.ones(6, 40))

@@ -18,10 +18,12 @@ from fedllm.models.submodel import (
     prefix,
     put,
     random,
+    read,
     rolling,
     rows,
     scatter_mean,
     take,
+    written,
 )
 from fedllm.models.transformer import MaskedLM
 
@@ -296,6 +298,16 @@ def test_numbers_of_the_layers():
     assert numbers["stages.1.0.shortcut.norm.weight"] == numbers["stages.1.0.conv2.weight"] == 7
     assert numbers["heads.4.fc.weight"] == 18 == len(model.anatomy().layers)
     assert len(model.anatomy().factorable(1)) == 16
+
+
+def test_numbers_of_the_layers_where_norms_stand_behind_all_convolutions():
+    """Each norm goes with its own convolution, as in the residual nets, also after the anatomy came from its text."""
+    model = SmallCNN(widths=(2, 3, 3, 4, 4))
+    for anatomy in (model.anatomy(), read(written(model.anatomy()))):
+        numbers = anatomy.numbers(model.state_dict())
+        for i in range(5):
+            assert numbers[f"convs.{i}.weight"] == numbers[f"norms.{i}.weight"] == numbers[f"norms.{i}.bias"] == i + 1
+        assert numbers["head.fc.weight"] == numbers["head.fc.bias"] == 6
 
 
 def test_a_weight_in_no_block_is_an_error():

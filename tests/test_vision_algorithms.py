@@ -34,6 +34,7 @@ from fedllm.models.lowrank_conv import freeze, pairs_of
 from fedllm.models.network import Network, fitted
 from fedllm.models.submodel import index, read, take
 from fedllm.server.admission import admit
+from fedllm.server.robust import Clip, Krum, Median, TrimmedMean
 from fedllm.tasks.images import Prototypes
 from fedllm.wire import serialization as ledger
 from fedllm.workers.settings import Vision
@@ -542,3 +543,62 @@ def test_a_sub_model_is_its_slice_of_the_server_s(rule: SubModel) -> None:
         wanted = take(rule.served(state), index(anatomy, rule.channels(anatomy, client, rnd)))
         assert bits(rule.download(state, client, rnd)) == bits(wanted)
         assert wanted["stages.3.1.conv1.weight"].shape[0] == round(client.width * 8)
+
+
+GUARDS = [Clip(0.5), Krum(), Median(), TrimmedMean(0.25)]
+
+
+@EVERY
+def test_every_guard_works_or_is_refused_before_anybody_trains(rule: Algorithm) -> None:
+    """What a guard lets through after a round of training is admissible, and the aggregate of it finite."""
+    clients = MIXED if comparable(rule, MIXED) else FULL
+    _, _, replies = played(rule, clients, n=1)
+    members = [reply.client for reply in replies]
+    model = bench(rule, clients)[0].model
+    start, rnd = ledger.canonical(rule.init(model, members)), rounds(1)[0]
+    for guard in GUARDS:
+        try:
+            guard.check(rule, model, members, len(members))
+        except FedError as refusal:
+            assert guard.entrywise and "compares updates entry by entry" in str(refusal)
+            continue
+        kept, _ = guard.guard(rule, replies)
+        assert kept and not admit(kept, rule.expected)[1]
+        after = ledger.flatten(rule.served(rule.aggregate(start, kept, rnd)))
+        assert all(bool(torch.isfinite(W).all()) for W in after.values() if W.is_floating_point())
+
+
+def comparable(rule: Algorithm, clients: Sequence[Client]) -> bool:
+    worker, members = bench(rule, clients)
+    try:
+        Median().check(rule, worker.model, members, len(members))
+    except FedError:
+        return False
+    return True
+
+
+def test_which_rules_have_common_entries() -> None:
+    """Clients that are alike can be compared by all rules but those that draw channels a client; mixed by fewer."""
+    drawn = {"feddropout", "feddropout, legacy"}
+    assert {name for name, rule in RULES.items() if not comparable(rule, FULL)} == drawn
+    apart = {"heterofl", "heterofl, its own preset", "fedrolex", "depthfl", "flanc", "fedhm"}
+    assert {name for name, rule in RULES.items() if not comparable(rule, MIXED)} == drawn | apart
+
+
+def test_a_cohort_too_small_for_krum_is_refused_before_anybody_trains() -> None:
+    worker, members = bench(FedAvg())
+    with pytest.raises(FedError, match="robust.name=krum: 7 replies or more are needed, and a round has 4 clients"):
+        Krum(liars=2).check(FedAvg(), worker.model, members, len(members))
+
+
+@pytest.mark.parametrize("name", ["pfedlmt", "fedhm", "fedlmt"])
+def test_rho_beyond_the_network_is_refused_at_the_start(name: str) -> None:
+    rule = WHOLE[name](**{"rho": 19, "alpha": 0.5})
+    model = bench(rule)[0].model
+    with pytest.raises(FedError, match="0 to 18 for this model, got 19"):
+        rule.init(model, FULL)
+
+
+def test_a_split_beyond_the_network_is_refused_at_the_start() -> None:
+    with pytest.raises(FedError, match="0 to 17 for this model, got 18"):
+        FedRep(split=18).init(bench(FedRep())[0].model, FULL)

@@ -25,6 +25,7 @@ from fedllm.models.build import drawn
 from fedllm.models.flops import forward_cost, sizes
 from fedllm.models.lowrank_conv import SHARED, freeze, plain, unfolded
 from fedllm.models.network import Make, fitted
+from fedllm.privacy.cohorts import size
 from fedllm.privacy.cohorts import uniform as sample
 from fedllm.storage import files, run_folder
 from fedllm.wire import serialization as ledger
@@ -115,21 +116,26 @@ class ArrayFederation:
         self.parts = {client.id: part for client, part in zip(self.clients, parts, strict=True)}
         kind = recipe.page["data"]["partition"]["name"]
         self.partition = describe(kind, parts, known, n, self.clients, seed)
-        self.model = self._model(make)
+        described = self._model(make, drawn_too=False)
+        recipe.algorithm.init(described, self.clients)  # refuses constants that the network has no layers for
+        recipe.robust.check(recipe.algorithm, described, self.clients, size(self.clients, recipe.clients.participation))
+        drawn_too = not recipe.run.plan
+        self.model = self._model(make, drawn_too=drawn_too)
         self.own = {
             name: self._model(
                 dataclasses.replace(recipe.model, name=name).maker(
                     recipe.algorithm.network, self.task.classes, self.task.shape[0]
-                )
+                ),
+                drawn_too=drawn_too,
             )
             for name in dict.fromkeys(recipe.model.own)
         }
 
-    def _model(self, make: Make) -> Model:
-        """The network with its first values; a plan does without them."""
+    def _model(self, make: Make, *, drawn_too: bool) -> Model:
+        """The network with its first values, or its description alone, which a plan makes do with."""
         net, first = make(), Round(0, self.recipe.run.seed)
         draw = lambda described: drawn(described, first.rng("initial"))  # noqa: E731
-        values = dict(net.state_dict()) if self.recipe.run.plan else draw(net)
+        values = draw(net) if drawn_too else dict(net.state_dict())
         model = Model(values, anatomy=net.anatomy(), make=make, draw=draw, classes=self.task.classes)
         if self.recipe.algorithm.low_rank:
             return freeze(model, self.recipe.model.w0, self.settings.alpha, first)

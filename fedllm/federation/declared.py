@@ -12,6 +12,7 @@ from fedllm.core import Client, ClientWorker, LocalResult, LocalTraining, Model,
 from fedllm.errors import FedError
 from fedllm.federation.text import TextFederation, TextWorker
 from fedllm.models import language
+from fedllm.privacy.cohorts import size
 from fedllm.recipe.sections import Recipe
 from fedllm.workers.lora import target_shapes
 from fedllm.workers.scoring import device
@@ -56,6 +57,9 @@ class DeclaredFederation(TextFederation):
         shared = self.shapes[self.clients[0].level]
         weights = {name: torch.empty(shape, device="meta") for name, shape in shared.items()}
         self.model = Model(weights, classes=self.classes)
+        recipe.robust.check(
+            recipe.algorithm, self.model, self.clients, size(self.clients, recipe.clients.participation)
+        )
 
     def worker(self, on_step: Callable[[float | None], None]) -> DeclaredWorker:  # type: ignore[override]
         """Loads the model, to score the served update."""

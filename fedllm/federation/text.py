@@ -21,6 +21,7 @@ from fedllm.data.partition import IID, describe
 from fedllm.errors import FedError, Unreachable
 from fedllm.lowrank import LowRank, fill
 from fedllm.models import language
+from fedllm.privacy.cohorts import size
 from fedllm.privacy.guarantee import ExampleGuarantee, Guarantee
 from fedllm.recipe.checks import check_alone
 from fedllm.recipe.sections import Recipe
@@ -141,6 +142,9 @@ class TextFederation:
         shared = self.shapes[members[0].level]
         weights = {name: torch.empty(shape, device="meta") for name, shape in shared.items()}
         self.model = Model(weights, classes=self.classes)
+        recipe.robust.check(
+            recipe.algorithm, self.model, self.clients, size(self.clients, recipe.clients.participation)
+        )
 
     alone = FedIT()
     """How a client trains without the others: nothing is averaged, and nothing is lost."""

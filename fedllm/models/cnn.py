@@ -174,4 +174,5 @@ class SmallCNN(FedModel):
             axes[f"convs.{i}.weight"] = (Cut(f"conv{i}"), Cut(f"conv{i - 1}") if i else None, None, None)
             axes |= {f"norms.{i}.{kind}": (Cut(f"conv{i}"),) for kind in NORM_TENSORS}
         layers = (*(f"convs.{i}" for i in range(n)), "head.fc")
-        return Anatomy(groups, axes, layers, (layers[0], layers[-1]), (("convs", "norms", "head"),), ("head",))
+        norms = {f"norms.{i}": f"convs.{i}" for i in range(n)}
+        return Anatomy(groups, axes, layers, (layers[0], layers[-1]), (("convs", "norms", "head"),), ("head",), norms)

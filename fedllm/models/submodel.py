@@ -36,7 +36,9 @@ def read(text: Tensor) -> Anatomy:
         name: tuple(None if cut is None else Cut(**cut) for cut in cuts) for name, cuts in fields.pop("axes").items()
     }
     groups, blocks = fields.pop("groups"), tuple(tuple(block) for block in fields.pop("blocks"))
-    return Anatomy(groups=groups, axes=axes, blocks=blocks, **{key: tuple(value) for key, value in fields.items()})
+    beside = fields.pop("beside", {})  # older states have none
+    rest = {key: tuple(value) for key, value in fields.items()}
+    return Anatomy(groups=groups, axes=axes, blocks=blocks, beside=beside, **rest)
 
 
 def at_depth(anatomy: Anatomy, weights: Weights, depth: int | None) -> dict[str, Tensor]:

@@ -10,14 +10,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median_low
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from fedllm.config.types import Count, Positive, Whole, needs
-from fedllm.core import Algorithm, Reply, Tensors
+from fedllm.core import Algorithm, Client, Model, Reply, Round, Tensors
 from fedllm.errors import FedError
 from fedllm.lowrank import LowRank, settle
 from fedllm.server.admission import moved
@@ -34,6 +34,36 @@ class Trust:
     def least(self) -> int:
         """Replies that a round needs."""
         return 1
+
+    entrywise: ClassVar[bool] = False
+    """Whether it compares clients' updates entry by entry."""
+
+    def check(self, algorithm: Algorithm, model: Model, clients: Sequence[Client], cohort: int) -> None:
+        """Says before any training what no round could do.
+
+        Raises:
+            FedError: fewer clients in a round than it needs, or clients whose updates have no common entries.
+        """
+        name = next((name for name, kind in ROBUST.items() if kind is type(self)), type(self).__name__)
+        if cohort < self.least:
+            raise FedError(
+                f"robust.name={name}: {self.least} replies or more are needed, and a round has {cohort} clients. Raise "
+                "clients.participation or the number of clients, or take another guard."
+            )
+        if not self.entrywise:
+            return
+        if algorithm.own_entries:
+            raise FedError(
+                f"robust.name={name} compares updates entry by entry, and with this rule {algorithm.own_entries}. "
+                "Take robust.name=clip."
+            )
+        state, first = algorithm.init(model, clients), Round(1, 0, rounds=1)
+        alike = {(client.rank, client.width, client.depth, client.level): client for client in clients}
+        starts = [
+            algorithm.expected(Reply(client, algorithm.download(state, client, first), {})) for client in alike.values()
+        ]
+        if any(_shapes(start) != _shapes(starts[0]) for start in starts):
+            raise FedError(_APART.format(name=name))
 
     def guard(self, algorithm: Algorithm, replies: Sequence[Reply]) -> Guarded:
         return list(replies), {}
@@ -82,6 +112,8 @@ class Krum(Trust):
         keep: replies that are averaged (Multi-Krum); ``n - f`` at most.
     """
 
+    entrywise: ClassVar[bool] = True
+
     liars: Whole | None = None
     keep: Count = 1
 
@@ -97,7 +129,7 @@ class Krum(Trust):
                 f"robust.name=krum: {self.least} replies or more are needed, and {n} came. Lower robust.liars."
             )
         f = (n - 3) // 2 if self.liars is None else self.liars
-        updates = _updates(algorithm, replies, self)
+        updates = _updates(algorithm, replies)
         squares = [[0.0] * n for _ in range(n)]
         for i in range(n):
             for j in range(i):
@@ -125,8 +157,10 @@ class Median(Trust):
     updates is not their mean, and mostly the smaller of the two.
     """
 
+    entrywise: ClassVar[bool] = True
+
     def guard(self, algorithm: Algorithm, replies: Sequence[Reply]) -> Guarded:
-        updates = _updates(algorithm, replies, self)
+        updates = _updates(algorithm, replies)
         middle: dict[str, Tensor | LowRank] = {}
         for name, first in updates[0].items():
             values = [update[name] for update in updates]
@@ -171,23 +205,30 @@ ROBUST: dict[str, type[Trust]] = {
 """Every guard by the name that ``robust.name`` takes."""
 
 
-def _updates(algorithm: Algorithm, replies: Sequence[Reply], guard: Trust) -> list[Tensors]:
-    """Each ``Delta_i``; products stay products.
+_APART = (
+    "robust.name={name} compares updates entry by entry, and these clients train different parts of the model. "
+    "Take robust.name=clip, or one size for all."
+)
+
+
+def _shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in tensors.items()}
+
+
+def _updates(algorithm: Algorithm, replies: Sequence[Reply]) -> list[Tensors]:
+    """Each ``Delta_i``; products stay products, unless another client returned a matrix in their place.
 
     Raises:
         FedError: where clients hold different parts of the model, so that their updates have no common entries.
     """
-    updates: list[Tensors] = [
+    updates = [
         {name: _difference(reply.returned[name], start) for name, start in algorithm.expected(reply).items()}
         for reply in replies
     ]
-    shapes = [{name: tuple(value.shape) for name, value in update.items()} for update in updates]
-    if any(other != shapes[0] for other in shapes):
-        raise FedError(
-            f"robust.name: {type(guard).__name__} compares updates entry by entry, and these clients train different "
-            "parts of the model. Take clip, or one size for all."
-        )
-    return updates
+    if any(_shapes(update) != _shapes(updates[0]) for update in updates):
+        raise FedError(_APART.format(name="median, krum or trimmed_mean"))
+    whole = {name for update in updates for name, value in update.items() if isinstance(value, Tensor)}
+    return [{name: _dense(value) if name in whole else value for name, value in of.items()} for of in updates]
 
 
 def _difference(end: Tensor | LowRank, start: Tensor | LowRank) -> Tensor | LowRank:
@@ -216,8 +257,12 @@ def _moved_by(algorithm: Algorithm, reply: Reply, middle: Tensors) -> Tensors:
     for name, start in algorithm.expected(reply).items():
         end = reply.returned[name]
         if isinstance(start, LowRank):
-            there = start + middle[name]
-            returned[name] = there if algorithm.any_rank else there.truncate(start.rank)
+            step = middle[name]
+            if isinstance(step, Tensor):  # others returned matrices in this product's place
+                step = settle(step, min(step.shape)).top
+            there = start + step
+            there = there if algorithm.any_rank else there.truncate(start.rank)
+            returned[name] = LowRank(there.B.to(end.B.dtype), there.A.to(end.A.dtype))
         else:
             returned[name] = (start + middle[name]).to(end.dtype) if end.is_floating_point() else end
     return returned

@@ -33,6 +33,7 @@ class FedALT(Algorithm):
     mix: SomeShare = 0.5
 
     averages_factors: ClassVar[bool] = True
+    own_entries: ClassVar[str] = "every client's adapter stays its own, beside the mean of the others'"
 
     def validate(self, clients: Sequence[Client]) -> None:
         of_one_rank(clients, "zero_padding, rbla, flexlora, raflora, flora or fedhl")

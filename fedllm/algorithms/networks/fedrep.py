@@ -9,6 +9,7 @@ from fedllm.algorithms.networks.fedavg import FedAvg
 from fedllm.algorithms.personal import personal_step, shared_part
 from fedllm.config.types import Share, Whole
 from fedllm.core import Client, ClientWorker, LocalResult, Model, Reply, Round, Tensors
+from fedllm.errors import FedError
 
 
 @dataclass(frozen=True)
@@ -35,4 +36,9 @@ class FedRep(FedAvg):
         return {**memory, **reply.returned}
 
     def _last(self, model: Model) -> int:
-        return len(model.anatomy.layers) - 1 if self.split is None else self.split
+        most = len(model.anatomy.layers) - 1
+        if self.split is not None and self.split > most:
+            raise FedError(
+                f"split is the number of the last shared layer, 0 to {most} for this model, got {self.split}."
+            )
+        return most if self.split is None else self.split

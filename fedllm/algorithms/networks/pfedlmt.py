@@ -38,6 +38,7 @@ class PFedLMT(FedAvg):
     decay: Mapping[str, NonNegative] = field(default_factory=dict)
 
     def init(self, model: Model, clients: Sequence[Client]) -> Tensors:
+        model.anatomy.factorable(self.rho)  # refuses a rho that this network has no layers for
         return shared_part(model, self.rho)
 
     def local(self, worker: ClientWorker, sent: Tensors, memory: Tensors, rnd: Round) -> LocalResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -121,6 +121,8 @@ class FedDropout(SubModel):
         residuals: ``consistent``, the branches of an identity shortcut lose the same channels; ``legacy``, as in the
             published runs every convolution draws its own order, so that not even width 1 preserves the function.
     """
+
+    own_entries: ClassVar[str] = "every client trains channels that are drawn for it alone"
 
     residuals: Literal["consistent", "legacy"] = "consistent"
 

@@ -21,6 +21,7 @@ class ClassMeans(Algorithm):
     """
 
     network: ClassVar[str] = "plain"
+    own_entries: ClassVar[str] = "a client returns a row for each class that it has"
 
     def length(self, model: Model) -> int:
         """d."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear, mse_loss
 
-from fedllm.algorithms.own_models.fml import FML, taught
+from fedllm.algorithms.networks.fedavg import FedAvg
+from fedllm.algorithms.own_models.fml import taught
 from fedllm.algorithms.personal import head_shape, own, scored
 from fedllm.config.types import Share
 from fedllm.core import Client, ClientWorker, LocalResult, Reply, Round, Tensors
@@ -21,7 +22,7 @@ from fedllm.structure import Features, FedModel
 
 
 @dataclass(frozen=True)
-class FedKD(FML):
+class FedKD(FedAvg):
     """``CE_p + (KL(z_s || z_p) + H) / (CE_p + CE_s)`` for the private network, and the same with p and s exchanged.
 
     ``H = mean((R_p - W R_s)^2)`` compares the representations through a private matrix ``W``; it counts once. The
@@ -33,6 +34,7 @@ class FedKD(FML):
     """
 
     at_most: ClassVar[str] = "a weight travels as its SVD where that is smaller, at a rank that its values decide"
+    own_entries: ClassVar[str] = "a client's values decide at which rank its weights travel"
 
     energy: Share = 0.95
     final_energy: Share = 0.98
